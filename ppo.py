@@ -1,0 +1,635 @@
+# SPDX-License-Identifier: MIT
+"""Proximal Policy Optimization (PPO) in one file, for Gymnasium environments with vector observations.
+
+    python ppo.py --env-id CartPole-v1                                       # solved in about ten seconds
+    python ppo.py --env-id Pendulum-v1 --gamma 0.9 --num-steps 1024          # continuous actions
+    python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'    # an environment of your own
+    python ppo.py --help                                                     # every flag, in a sentence
+    tensorboard --logdir runs
+
+Sections: 1 arguments, 2 environments, 3 agent, 4 algorithm, 5 training loop, 6 plumbing, 7 main.
+
+Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch. In a shape
+such as (T, N, *obs), *obs is the shape of one observation.
+
+Ends of episodes follow Gymnasium's NEXT_STEP autoreset: the step after an episode's last one ignores the
+action and returns the next episode's first observation, with reward 0. So obs[t + 1] is always where row t
+led to, even when its episode ended there, and V(obs[t + 1]) is its bootstrap. The row after an end, in which
+the environment was only reset, is not `valid`: nothing is learnt from it.
+
+[PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+[GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
+[Dual] Ye et al. 2020, Mastering Complex Control in MOBA Games with Deep RL, arXiv:1912.09729
+[KL]   Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html
+[37]   Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track; #8 is its eighth
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+
+# --- 1. Arguments ------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+
+
+@dataclass
+class Args:
+    """Train a PPO agent. Numbers may be written 1_000_000. Where a flag can be switched off, off is None."""
+
+    exp_name: str = "ppo"  # name of the experiment, a part of the run names that are made up
+    run_name: str | None = None  # new folder in runs/ (None: made up as env_id__exp_name__seed__time)
+    seed: int = 1  # seed of the networks, the sampled actions, the minibatches and the environments
+    torch_deterministic: bool = True  # on CUDA, use cuDNN's deterministic kernels only
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...; auto is the CPU, faster for small networks
+
+    env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
+    env_kwargs: JsonObject = field(default_factory=dict)  # the environment's arguments, as '{"size": 5}'
+    num_envs: int = 4  # N, environments that are stepped side by side
+    # sync: all in this process; async: a process for each; vector_entry_point: the environment's own
+    vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
+
+    total_timesteps: int = 500_000  # steps of all environments together, rounded up to whole rollouts
+    learning_rate: float = 2.5e-4  # alpha, the step size of Adam
+    anneal_lr: bool = True  # let the learning rate fall linearly towards 0 over the run
+    num_steps: int = 128  # T, steps of each environment in a rollout
+    gamma: float = 0.99  # gamma, the discount factor (0: only the next reward counts)
+    gae_lambda: float = 0.95  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
+    num_minibatches: int = 4  # minibatches that an epoch splits the rollout into
+    update_epochs: int = 4  # K, passes over each rollout
+    norm_adv: bool = True  # scale the advantages A of each minibatch to mean 0 and deviation 1
+    clip_coef: float = 0.2  # epsilon, how far the probability ratio may leave 1 before it is clipped
+    anneal_clip: bool = False  # let epsilon fall linearly towards 0 over the run
+    clip_vloss: bool = True  # clip the change of the value function by epsilon too
+    dual_clip: float | None = None  # c > 1, bounds the surrogate of a negative A below by c A (None: off)
+    ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
+    vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
+    max_grad_norm: float | None = 0.5  # longest gradient, in the global 2-norm; longer are cut (None: off)
+    target_kl: float | None = None  # end an update before a step at a KL divergence above it (None: off)
+    recompute_advantages: bool = False  # compute values and advantages anew before each further epoch
+
+    hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, in policy and value function alike
+    activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
+    log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
+    norm_obs: bool = True  # scale observations by their running mean and deviation, clip them to +-10
+    norm_reward: bool = True  # divide rewards by the running deviation of the return, clip them to +-10
+
+    @property
+    def num_iterations(self) -> int:
+        return math.ceil(self.total_timesteps / (self.num_envs * self.num_steps))
+
+
+class InputError(ValueError):
+    """What the user asks for cannot be had; the message says why, and what can."""
+
+
+RANGES = {  # which values the flags take; nan is none of them
+    "num_envs total_timesteps num_steps num_minibatches update_epochs": ("at least 1", lambda x: x >= 1),
+    "hidden_sizes": ("at least 1 each", lambda x: all(units >= 1 for units in x)),
+    "seed": ("at least 0", lambda x: x >= 0),
+    "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
+    "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "clip_coef": ("finite and above 0", lambda x: 0 < x < math.inf),
+    "max_grad_norm target_kl": ("finite and above 0, or None", lambda x: x is None or 0 < x < math.inf),
+    "dual_clip": ("finite and above 1, or None", lambda x: x is None or 1 < x < math.inf),
+    "log_std_init": ("from -20 to 2", lambda x: -20 <= x <= 2),
+    "activation": ("tanh or relu", lambda x: x in ACTIVATIONS),
+    "env_kwargs": ("a JSON object, such as '{\"size\": 5}'", lambda x: isinstance(x, dict)),
+}
+
+
+def check(args: Args) -> None:
+    """Raise InputError for a flag out of its range, or a rollout that is too small for its minibatches."""
+    for names, (requirement, holds) in RANGES.items():
+        for name in names.split():
+            if not holds(value := getattr(args, name)):
+                raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
+    if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
+        rows = f"{args.num_envs} environments x {args.num_steps} steps, of which half may be resets"
+        raise InputError(f"{rows}, are too few for {args.num_minibatches} minibatches of at least two rows.")
+
+
+# --- 2. Environments ---------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """The environments of a run, with observations flattened to vectors where they are not.
+
+    A step's info has the raw return "r" and length "l" of the episodes that end in it, and which do, under
+    "statistics" and "_statistics". Raises InputError where that cannot be had.
+    """
+    try:
+        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **args.env_kwargs)
+    except Exception as error:
+        # Whatever an environment raises when it is given arguments counts as its refusal of them.
+        if not args.env_kwargs and not isinstance(error, gym.error.Error | ImportError | TypeError):
+            raise
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = f" Try `pip install {getattr(error.__cause__ or error, 'name', None) or 'it'}`."
+        raise InputError(f"Cannot make {args.env_id}: {error}{hint}") from error
+    mode, space = envs.metadata.get("autoreset_mode"), envs.single_observation_space
+    if mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise InputError(f"{args.env_id} has autoreset mode {mode}, but only NEXT_STEP is supported.")
+    if not is_flattenable(space):
+        supported = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+        raise InputError(f"Observation space {space} is not supported; these are: {supported}.")
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
+        warnings.warn(f"images {space.shape} are flattened: there is no convolutional network", stacklevel=2)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="statistics")
+    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+    return envs if is_vector else gym.wrappers.vector.FlattenObservation(envs)
+
+
+def is_flattenable(space: spaces.Space) -> bool:
+    """Whether Gymnasium flattens all elements of the space to vectors of one length."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return all(map(is_flattenable, space.values() if isinstance(space, spaces.Dict) else space))
+    return isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary)
+
+
+# --- 3. Agent ----------------------------------------------------------------------------------------------
+
+
+class RunningStats(nn.Module):
+    """Mean and standard deviation, by component, of all rows given to `update`; 0 and 1 before the first."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))  # not the variance, which float32 might not hold
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, x: Tensor) -> None:
+        """Merge the rows x (B, *shape) with those before [Chan et al. 1983], in double precision."""
+        x, mean, std = x.cpu().double(), self.mean.cpu().double(), self.std.cpu().double()
+        weight = len(x) / (len(x) + self.count.item())  # of the new rows among all
+        delta = x.mean(0) - mean
+        var = (1 - weight) * (std**2 + weight * delta**2) + weight * x.var(0, correction=0)
+        self.mean.copy_(mean + weight * delta)
+        self.std.copy_(var.sqrt())
+        self.count += len(x)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """x (B, *shape) in standard deviations, clipped to +-10."""
+        return (x / self.std.clamp(min=1e-4)).clamp(-10, 10)
+
+
+def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequential:
+    """Linear layers with activations between them, orthogonal weights and zero biases [37] #2."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), activation()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Policy pi(a|s) and value function V(s): two networks that share the scaling of obs alone [37] #13.
+
+    The spaces are the single ones of `make_envs`. `dist, value = agent(obs)` maps raw observations (B, *obs)
+    to a distribution, whose log_prob and entropy are (B,), and to values (B,). What is sampled, stored and
+    learnt from are indices from 0 or unbounded reals, of which `to_env` makes elements of the action space.
+    Raises InputError for an action space that there is no policy for.
+    """
+
+    def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
+        super().__init__()
+        self.action_space, self.action_dtype, self.action_shape = action_space, np.int64, ()
+        self.log_std = None
+        self.register_buffer("padding", None, persistent=False)
+        if isinstance(action_space, spaces.Discrete):
+            num_outputs = int(action_space.n)
+        elif isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary):
+            # K choices, a bit being one of two. All get as many logits as the largest has options; those in
+            # excess are so low that their probability is 0.
+            options = np.ravel(getattr(action_space, "nvec", np.full(action_space.shape, 2)))
+            missing = np.arange(options.max()) >= options[:, None]
+            self.padding = torch.where(torch.from_numpy(missing), -1e9, 0.0)  # (K, n)
+            num_outputs, self.action_shape = missing.size, options.shape
+        elif isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
+            num_outputs = math.prod(action_space.shape)
+            self.action_shape, self.action_dtype = (num_outputs,), np.float32
+            self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))  # [37] #24
+            # Between two bounds, [-1, 1] is mapped to [low, high]; elsewhere actions are taken as they are.
+            bounded = np.maximum(np.abs(action_space.low), np.abs(action_space.high)) <= 1e6
+            low = np.where(bounded, action_space.low, -1).astype(np.float64)
+            high = np.where(bounded, action_space.high, 1).astype(np.float64)
+            self.scale, self.shift = (high - low) / 2, (high + low) / 2
+        else:
+            supported = "Discrete, MultiDiscrete, MultiBinary and Box of floats"
+            raise InputError(f"Action space {action_space} is not supported; these are: {supported}.")
+        inputs, activation = math.prod(observation_space.shape), ACTIVATIONS[args.activation]
+        self.actor = mlp([inputs, *args.hidden_sizes, num_outputs], activation, gain=0.01)
+        self.critic = mlp([inputs, *args.hidden_sizes, 1], activation, gain=1.0)
+        # Whoever has the agent has its statistics; only `train` changes them.
+        self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
+        self.return_stats = RunningStats(()) if args.norm_reward else None
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Observations as the networks are to see them [37] #28-29."""
+        return obs if self.obs_stats is None else self.obs_stats.scale(obs - self.obs_stats.mean)
+
+    def output(self, features: Tensor) -> Tensor:
+        """The policy network's output: means (B, D) or logits (B, n), or (B, K, n) for K choices."""
+        output = self.actor(features)
+        return output if self.padding is None else output.view(-1, *self.padding.shape) + self.padding
+
+    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
+        features = self.normalize(obs)
+        output, value = self.output(features), self.critic(features).squeeze(-1)
+        if self.log_std is not None:
+            dist = Normal(output, self.log_std.exp(), validate_args=False)  # [37] #23
+        else:
+            dist = Categorical(logits=output, validate_args=False)
+        # The dimensions of a Box and the choices of a MultiDiscrete are independent [37] #25, #37.
+        return Independent(dist, len(self.action_shape), validate_args=False), value
+
+    def act(self, obs: Tensor) -> Tensor:
+        """Sample actions (B, *action_shape) for raw observations (B, *obs), with the policy alone."""
+        output = self.output(self.normalize(obs))
+        if self.log_std is not None:
+            return output + self.log_std.exp() * torch.randn_like(output)
+        # Gumbel-max trick: the argmax of logits + Gumbel noise is a sample; minus log of Exp(1) is Gumbel.
+        return (output - torch.empty_like(output).exponential_().log()).argmax(-1)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """Elements (B, *space.shape) of the action space for sampled actions (B, *action_shape)."""
+        space = self.action_space
+        action = action.reshape(-1, *space.shape)
+        if self.log_std is None:
+            return (action + getattr(space, "start", 0)).astype(space.dtype, copy=False)
+        return (action * self.scale + self.shift).astype(space.dtype).clip(space.low, space.high)  # [37] #27
+
+    def scalars(self) -> dict[str, float]:
+        """What TensorBoard is to show of the agent itself."""
+        return {} if self.log_std is None else {"charts/action_std": self.log_std.exp().mean().item()}
+
+
+# --- 4. Algorithm ------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments; in `train`, arrays on the CPU that every iteration fills anew."""
+
+    obs: np.ndarray  # (T + 1, N, *obs), raw; row t led from obs[t] to obs[t + 1]
+    action: np.ndarray  # (T, N, *action_shape), as sampled
+    reward: np.ndarray  # (T, N), raw
+    discounted: np.ndarray  # (T, N), discounted sum of the episode's rewards up to this row
+    terminated: np.ndarray  # (T, N), the episode ended in a state that has no future
+    done: np.ndarray  # (T, N), the episode ended, terminated or truncated
+    valid: np.ndarray  # (T, N), the environment did what the action said, and was not merely reset
+
+
+class Minibatch(NamedTuple):
+    """Rows to learn from, with advantages as they are to be used, that is, after normalisation."""
+
+    obs: Tensor  # (M, *obs)
+    action: Tensor  # (M, *action_shape)
+    logprob: Tensor  # (M,), log pi_old(a|s), of the policy that acted
+    value: Tensor  # (M,), V_old(s), the centre of the value clip
+    advantage: Tensor  # (M,)
+    ret: Tensor  # (M,), the target of V(s)
+
+
+def gae(
+    reward: Tensor, value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, with both kinds of ends.
+
+    A terminated row has no value to come; a truncated one has, that of its own final observation; and neither
+    takes an advantage from the episode after it. Rows that are not valid get numbers that mean nothing and
+    reach no other row.
+
+    Takes reward, terminated and done (T, N) and value (T + 1, N). Returns the advantage and the return (the
+    TD(lambda) target of the value function), both (T, N).
+    """
+    delta = reward + gamma * value[1:] * ~terminated - value[:-1]  # [PPO] eq. 12
+    decay = gamma * gae_lambda * ~done
+    advantage, future = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = future = delta[t] + decay[t] * future  # [PPO] eq. 11, [GAE] eq. 16
+    return advantage, advantage + value[:-1]
+
+
+def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: float) -> tuple[Tensor, dict]:
+    """The objective of PPO [PPO] eq. 9, negated: clipped surrogate, value loss and entropy bonus.
+
+    Returns the loss, a scalar with gradient, and scalars without one that tell how the update goes.
+    """
+    dist, value = agent(minibatch.obs)
+    logratio = dist.log_prob(minibatch.action) - minibatch.logprob
+    ratio = logratio.exp()  # pi(a|s) / pi_old(a|s), which is 1 on the first minibatch of an iteration
+
+    # Clipped surrogate: nothing is gained by moving the ratio away from 1 by more than epsilon [PPO] eq. 7.
+    advantage = minibatch.advantage
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
+    if args.dual_clip is not None:  # and the price of a bad action is bounded, however likely [Dual] eq. 5
+        surrogate = torch.where(advantage < 0, surrogate.max(args.dual_clip * advantage), surrogate)
+    policy_loss = -surrogate.mean()
+
+    # Value loss: with clipping, the larger of the errors of V and of V within epsilon of V_old [37] #9.
+    error = (value - minibatch.ret).square()
+    if args.clip_vloss:
+        clipped = minibatch.value + (value - minibatch.value).clamp(-clip_coef, clip_coef)
+        error = torch.max(error, (clipped - minibatch.ret).square())
+    value_loss = 0.5 * error.mean()
+
+    entropy = dist.entropy().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    with torch.no_grad():
+        info = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "old_approx_kl": -logratio.mean(),  # [KL] k1
+            "approx_kl": (ratio - 1 - logratio).mean(),  # [KL] k3
+            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        }
+    return loss, info
+
+
+@torch.no_grad()
+def value_rollout(agent: Agent, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Log pi(a|s) (T, N) and V(s) (T + 1, N) for obs (T + 1, N, *obs) and action (T, N, *action_shape).
+
+    One pass after the rollout is cheaper than doing this while acting, and gives the same: the agent stands
+    still meanwhile. It goes in chunks, so that memory stays bounded.
+    """
+    shape, obs, action = action.shape[:2], obs.flatten(0, 1), action.flatten(0, 1)
+    logprobs, values = [], []
+    for obs_chunk, action_chunk in zip(obs[: len(action)].split(4096), action.split(4096), strict=True):
+        dist, value = agent(obs_chunk)
+        logprobs.append(dist.log_prob(action_chunk))
+        values.append(value)
+    values.append(agent(obs[len(action) :])[1])
+    return torch.cat(logprobs).view(shape), torch.cat(values).view(-1, shape[1])
+
+
+# --- 5. Training loop --------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> Agent:
+    """Train an agent, log to runs/<run>/ and return the agent.
+
+    For the whole process, seeds random, numpy and torch, and sets the number of threads of torch on the CPU.
+    Raises InputError, a ValueError, before anything is written, where what `args` asks for cannot be had, and
+    NonFiniteError where an observation, an action, a reward, the loss or its gradient is nan or infinite.
+    """
+    check(args)
+    device, env_seed = set_up(args)
+    T, N = args.num_steps, args.num_envs
+    with ExitStack() as stack:
+        envs = stack.enter_context(closing(make_envs(args)))
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+        parameters = list(agent.parameters())
+        max_norm = math.inf if args.max_grad_norm is None else args.max_grad_norm
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37] #3
+        log = stack.enter_context(closing(Logger(args, envs, agent, device)))
+        rollout = Rollout(
+            obs=np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32),
+            action=np.zeros((T, N, *agent.action_shape), agent.action_dtype),
+            reward=np.zeros((T, N), np.float32),
+            discounted=np.zeros((T, N), np.float32),
+            terminated=np.zeros((T, N), bool),
+            done=np.zeros((T, N), bool),
+            valid=np.zeros((T, N), bool),
+        )
+        rollout.obs[T], _ = envs.reset(seed=env_seed)
+        discounted, done = np.zeros(N), np.zeros(N, bool)  # what a row hands on to the next
+
+        for iteration in range(args.num_iterations):
+            # Anneal: all of it in the first iteration, down to a last step above 0 in the last [37] #4.
+            remaining = 1 - iteration / args.num_iterations
+            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+            learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            # Rollout: act for T steps, from where the last rollout ended [37] #1.
+            rollout.obs[0] = rollout.obs[T]
+            with torch.inference_mode(), stop_at_nonfinite(rollout):
+                for t in range(T):
+                    action = agent.act(torch.from_numpy(rollout.obs[t]).to(device)).cpu().numpy()
+                    rollout.action[t], rollout.valid[t] = action, ~done
+                    obs, reward, terminated, truncated, info = envs.step(agent.to_env(action))
+                    rollout.obs[t + 1], rollout.reward[t], rollout.terminated[t] = obs, reward, terminated
+                    rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
+                    rollout.done[t] = done = terminated | truncated
+                    log.count_episodes(info)
+            batch = Rollout(*(torch.from_numpy(x).to(device) for x in rollout))
+
+            # Advantages, by the values of the agent that acted, of scaled rewards [37] #30-31.
+            reward = batch.reward
+            if agent.return_stats is not None:
+                agent.return_stats.update(batch.discounted[batch.valid])
+                reward = agent.return_stats.scale(reward)
+            ends = batch.terminated, batch.done, args.gamma, args.gae_lambda
+            logprob, value = value_rollout(agent, batch.obs, batch.action)
+            advantage, ret = gae(reward, value, *ends)
+            unexplained = (ret - value[:-1])[batch.valid].var() / ret[batch.valid].var()
+
+            # Update: in each epoch every valid row is in one minibatch, whichever that is [37] #6.
+            infos, stop = defaultdict(list), False
+            rows = batch.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,)
+            for epoch in range(args.update_epochs):
+                if epoch > 0 and args.recompute_advantages:
+                    _, value = value_rollout(agent, batch.obs, batch.action)
+                    advantage, ret = gae(reward, value, *ends)
+                shuffled = rows[torch.randperm(len(rows), device=device)]
+                columns = Minibatch(batch.obs[:-1], batch.action, logprob, value[:-1], advantage, ret)
+                parts = (x.flatten(0, 1)[shuffled].tensor_split(args.num_minibatches) for x in columns)
+                for minibatch in map(Minibatch._make, zip(*parts, strict=True)):
+                    if args.norm_adv:  # [37] #7
+                        adv = minibatch.advantage
+                        minibatch = minibatch._replace(advantage=(adv - adv.mean()) / (adv.std() + 1e-8))
+                    loss, info = ppo_loss(agent, minibatch, args, clip_coef)
+                    # KL stop: the policy has moved too far already, so take no further step from here.
+                    stop = args.target_kl is not None and info["approx_kl"].item() > args.target_kl
+                    if stop:
+                        break
+                    optimizer.zero_grad()
+                    loss.backward()
+                    info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)  # [37] #11
+                    optimizer.step()
+                    for name, scalar in info.items():
+                        infos[name].append(scalar)
+                if stop:
+                    break
+
+            # The statistics change only now: until here, they were those of the old log-probabilities.
+            if agent.obs_stats is not None:
+                agent.obs_stats.update(batch.obs[:-1][batch.valid])
+
+            scalars = {f"losses/{name}": torch.stack(x).mean().item() for name, x in infos.items()}
+            for name, mean in scalars.items():
+                if not math.isfinite(mean):
+                    raise NonFiniteError(f"{name} became {mean}")
+            scalars |= {"losses/explained_variance": 1 - unexplained.item(), **agent.scalars()}
+            log.iteration(iteration, scalars | {"charts/learning_rate": learning_rate})
+    return agent
+
+
+# --- 6. Plumbing: nothing below is PPO ---------------------------------------------------------------------
+
+
+class NonFiniteError(ArithmeticError):
+    """A nan or an infinity came up, and would have spread to all weights."""
+
+
+def set_up(args: Args) -> tuple[torch.device, int]:
+    """Set device, threads and seeds of the process; returns the device and the first environment's seed.
+
+    The seeds of the others count up from there, below 2**31: native vector environments take no more.
+    """
+    try:
+        device = torch.device("cpu" if args.device == "auto" else args.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # for layers as small as these, more threads are slower
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    env_seed, seed = map(int, np.random.SeedSequence(args.seed).generate_state(2))
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (some environments draw from the global generator)
+    torch.manual_seed(seed)
+    return device, env_seed % (2**31 - args.num_envs)
+
+
+@contextmanager
+def stop_at_nonfinite(rollout: Rollout) -> Iterator[None]:
+    """Raise NonFiniteError where a block leaves a nan or infinity behind, also if it ends in an exception."""
+    try:
+        yield
+    finally:
+        for name in ("obs", "action", "reward"):
+            array, exception = getattr(rollout, name), sys.exception()
+            for t, n, *index in np.argwhere(~np.isfinite(array)):
+                culprit = f"{name}{[*map(int, index)] or ''} of environment {n} is {array[t, n, *index]}"
+                consequence = f", upon which came {exception!r}" if exception else ""
+                raise NonFiniteError(culprit + consequence) from exception
+
+
+def make_run_folder(args: Args) -> str:
+    """Create a folder in runs/ that was not there, with a name that is one on every system."""
+    while True:
+        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        path = os.path.join("runs", re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-."))
+        if args.run_name and path != os.path.join("runs", name):
+            raise InputError(f"--run-name {name!r} is not a folder name on every system.")
+        try:
+            os.makedirs(path)
+            return path
+        except FileExistsError as error:
+            if args.run_name:
+                raise InputError(f"--run-name {name!r} is taken: there is a {path} already.") from error
+            time.sleep(1)  # another run of this second
+        except OSError as error:
+            raise InputError(f"Cannot create the folder {path}: {error.strerror}.") from error
+
+
+class Logger:
+    """What a run tells, in TensorBoard and on the console."""
+
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, device: torch.device):
+        self.args, self.path = args, make_run_folder(args)
+        self.writer = SummaryWriter(self.path)
+        flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+        self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags)
+        self.ended = []  # (return, length) of the episodes that ended in this iteration
+        self.recent = deque(maxlen=100)  # and of the last hundred
+        print(f"run: {self.path}")
+        print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
+        print(f"observations: {envs.single_observation_space}")
+        print(f"actions: {envs.single_action_space}")
+        print(f"agent: {sum(x.numel() for x in agent.parameters()):,} parameters on {device}", flush=True)
+        self.start = time.perf_counter()  # start-up does not count in the speed
+
+    def count_episodes(self, info: dict) -> None:
+        """Take note of the episodes that ended in a step."""
+        if "_statistics" in info:
+            ended, statistics = info["_statistics"], info["statistics"]
+            self.ended += zip(statistics["r"][ended].tolist(), statistics["l"][ended].tolist(), strict=True)
+
+    def iteration(self, iteration: int, scalars: dict[str, float]) -> None:
+        """Write an iteration's scalars, episodes and speed; show on the console how far the run is."""
+        count, total = iteration + 1, self.args.num_iterations
+        step = count * self.args.num_envs * self.args.num_steps
+        seconds = time.perf_counter() - self.start
+        scalars["charts/SPS"] = step / seconds
+        if self.ended:
+            returns, lengths = zip(*self.ended, strict=True)
+            scalars["charts/episodes"] = len(returns)
+            scalars["charts/episodic_return"] = sum(returns) / len(returns)
+            scalars["charts/episodic_return_min"] = min(returns)
+            scalars["charts/episodic_return_max"] = max(returns)
+            scalars["charts/episodic_length"] = sum(lengths) / len(lengths)
+            self.recent += self.ended
+            self.ended = []
+        for tag, value in scalars.items():
+            if math.isfinite(value):  # explained variance is not, where all returns are the same
+                self.writer.add_scalar(tag, value, step)
+
+        # One line that updates itself on a terminal, 32 lines in a file.
+        episodes = "no episode has ended yet"
+        if self.recent:
+            episodes = "return {:.1f}  length {:.1f}".format(*np.mean(self.recent, axis=0))
+        left = timedelta(seconds=round(seconds / count * (total - count)))
+        line = f"{step:,} steps ({count / total:.0%})  {episodes}  {step / seconds:,.0f} steps/s  {left} left"
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:{width}}", end="", flush=True)
+        elif count * 32 // total > iteration * 32 // total:
+            print(line, flush=True)
+        if count == total:
+            print(
+                f"\ndone in {timedelta(seconds=round(seconds))}; last {len(self.recent)} episodes: {episodes}"
+            )
+            print(f"curves: tensorboard --logdir {self.path}")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+# --- 7. Main -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Train as the command line says. A user's error is one sentence and exit code 2."""
+    try:
+        train(tyro.cli(Args))
+    except InputError as error:
+        print(f"ppo.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteError as error:
+        print(f"ppo.py: training stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
