@@ -34,7 +34,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -237,9 +237,9 @@ class Agent(nn.Module):
             self.action_shape, self.action_dtype = (num_outputs,), np.float32
             self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))  # [37] #24
             # Between two bounds, [-1, 1] is mapped to [low, high]; elsewhere actions are taken as they are.
-            bounded = np.maximum(np.abs(action_space.low), np.abs(action_space.high)) <= 1e6
-            low = np.where(bounded, action_space.low, -1).astype(np.float64)
-            high = np.where(bounded, action_space.high, 1).astype(np.float64)
+            low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
+            bounded = (low >= -1e6) & (high <= 1e6)
+            low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = (high - low) / 2, (high + low) / 2
         else:
             supported = "Discrete, MultiDiscrete, MultiBinary and Box of floats"
@@ -330,7 +330,7 @@ def gae(
     TD(lambda) target of the value function), both (T, N).
     """
     delta = reward + gamma * value[1:] * ~terminated - value[:-1]  # [PPO] eq. 12
-    decay = gamma * gae_lambda * ~done
+    decay = gamma * gae_lambda * (~done).to(delta.dtype)
     advantage, future = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
         advantage[t] = future = delta[t] + decay[t] * future  # [PPO] eq. 11, [GAE] eq. 16
@@ -454,7 +454,7 @@ def train(args: Args) -> Agent:
             unexplained = (ret - value[:-1])[batch.valid].var() / ret[batch.valid].var()
 
             # Update: in each epoch every valid row is in one minibatch, whichever that is [37] #6.
-            infos, stop = defaultdict(list), False
+            infos, stop = [], False
             rows = batch.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,)
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
@@ -476,8 +476,7 @@ def train(args: Args) -> Agent:
                     loss.backward()
                     info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)  # [37] #11
                     optimizer.step()
-                    for name, scalar in info.items():
-                        infos[name].append(scalar)
+                    infos.append(info)
                 if stop:
                     break
 
@@ -485,10 +484,7 @@ def train(args: Args) -> Agent:
             if agent.obs_stats is not None:
                 agent.obs_stats.update(batch.obs[:-1][batch.valid])
 
-            scalars = {f"losses/{name}": torch.stack(x).mean().item() for name, x in infos.items()}
-            for name, mean in scalars.items():
-                if not math.isfinite(mean):
-                    raise NonFiniteError(f"{name} became {mean}")
+            scalars = {f"losses/{name}": mean for name, mean in average(infos).items()}
             scalars |= {"losses/explained_variance": 1 - unexplained.item(), **agent.scalars()}
             log.iteration(iteration, scalars | {"charts/learning_rate": learning_rate})
     return agent
@@ -533,6 +529,16 @@ def stop_at_nonfinite(rollout: Rollout) -> Iterator[None]:
                 culprit = f"{name}{[*map(int, index)] or ''} of environment {n} is {array[t, n, *index]}"
                 consequence = f", upon which came {exception!r}" if exception else ""
                 raise NonFiniteError(culprit + consequence) from exception
+
+
+def average(infos: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each scalar over an update's minibatches; NonFiniteError names the first that has none."""
+    if not infos:
+        return {}
+    names, table = [*infos[0]], torch.stack([torch.stack([*info.values()]) for info in infos])
+    for minibatch, i in (~table.isfinite()).nonzero().tolist():
+        raise NonFiniteError(f"{names[i]} is {table[minibatch, i]} in minibatch {minibatch} of an update")
+    return dict(zip(names, table.mean(0).tolist(), strict=True))
 
 
 def make_run_folder(args: Args) -> str:

@@ -1,0 +1,237 @@
+"""Environments whose right answers are known, registered on import: `--env-id probes:Name-v0`."""
+
+import os
+import time
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+SEEDS = []  # every seed that a Counting environment of this process was reset with
+
+
+class Probe(gym.Env):
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+
+class Constant(Probe):
+    """One step, reward 1: V = 1."""
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        return self.observe(), 1.0, True, False, {}
+
+
+class Sign(Probe):
+    """One step, a random sign as observation and reward: V(s) = s."""
+
+    def observe(self):
+        self.sign = np.float32(self.np_random.choice([-1, 1]))
+        return np.array([self.sign])
+
+    def step(self, action):
+        sign = self.sign
+        return self.observe(), float(sign), True, False, {}
+
+
+class Delay(Probe):
+    """Two steps, observations 0 and 1, reward 1 at the end: V(0) = gamma, V(1) = 1."""
+
+    def observe(self):
+        return np.array([self.t], np.float32)
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), float(self.t == 2), self.t == 2, False, {}
+
+
+class Choice(Probe):
+    """One step, reward 1 for action 1 and -1 for action 0."""
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        return self.observe(), 1.0 if action == 1 else -1.0, True, False, {}
+
+
+class Match(Probe):
+    """One step, reward 1 for the action that the observation asks for, else -1."""
+
+    def observe(self):
+        self.wanted = self.np_random.integers(2)
+        return np.array([2 * self.wanted - 1], np.float32)
+
+    def step(self, action):
+        reward = 1.0 if action == self.wanted else -1.0
+        return self.observe(), reward, True, False, {}
+
+
+class Forever(Probe):
+    """Reward 1 for ever; registered with a time limit of 10 steps. V = 1 / (1 - gamma)."""
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        return self.observe(), 1.0, False, False, {}
+
+
+class Copy(gym.Env):
+    """One step in which the action should equal the observation, in the space that the argument names."""
+
+    SPACES = {  # noqa: RUF012
+        "discrete": spaces.Discrete(4, start=3),
+        "multidiscrete": spaces.MultiDiscrete([3, 2, 4], start=[1, 0, -2]),
+        "multibinary": spaces.MultiBinary(4),
+        "box": spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 10.0], np.float32)),
+    }
+
+    def __init__(self, kind):
+        self.action_space = self.SPACES[kind]
+        self.observation_space = self.SPACES[kind]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.wanted = self.observation_space.sample()
+        return self.wanted, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        if isinstance(self.action_space, spaces.Box):
+            size = self.action_space.high - self.action_space.low
+            reward = -np.square((action - self.wanted) / size).sum()
+        else:
+            reward = np.mean(np.asarray(action) == self.wanted)
+        return self.wanted, float(reward), True, False, {}
+
+
+class Counting(gym.Env):
+    """Observations (environment, episode, step), so that every row can be told from every other.
+
+    Episode e lasts LENGTHS[e % 5] steps and ends as ENDS[e % 3] says; its rewards are distinct.
+    """
+
+    LENGTHS = (3, 1, 4, 2, 7)
+    ENDS = ("terminated", "truncated", "both")
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            SEEDS.append(seed)
+            self.name, self.episode = self.np_random.integers(1, 10_000), -1
+        self.episode, self.t, self.over = self.episode + 1, 0, False
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.name, self.episode, self.t], np.float32)
+
+    def step(self, action):
+        assert not self.over, "stepped after its end"
+        self.t += 1
+        self.over = self.t == self.LENGTHS[self.episode % 5]
+        end = self.ENDS[self.episode % 3] if self.over else ""
+        reward = self.reward(self.episode, self.t)
+        return self.observe(), reward, end in ("terminated", "both"), end in ("truncated", "both"), {}
+
+    @staticmethod
+    def reward(episode, t):
+        return np.sin(episode + 0.1 * t)
+
+
+class Spaces(gym.Env):
+    """Random observations of any space; insists on actions that are in its action space."""
+
+    def __init__(self, observation_space=None, action_space=None):
+        self.observation_space = observation_space or spaces.Box(-5, 20, (3,), np.float64)
+        self.action_space = action_space or spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        ends = self.np_random.random(2) < (0.1, 0.05)
+        return self.observation_space.sample(), 1.0, bool(ends[0]), bool(ends[1]), {}
+
+
+class Faulty(Probe):
+    """Goes wrong in its 40th step, in the way named by the argument, or is unusable from the start."""
+
+    def __init__(self, fault="none", size=1):
+        self.fault, self.steps = fault, 0
+        if fault == "refusal":
+            raise ValueError(f"size {size} is too small")
+        if fault == "observation space":
+            self.observation_space = spaces.Sequence(spaces.Discrete(3))
+        if fault == "action space":
+            self.action_space = spaces.Tuple([spaces.Discrete(2)])
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward = self.observe(), 1.0
+        if self.steps >= 40:
+            if self.fault == "obs":
+                obs = obs + np.float32("nan")
+            if self.fault == "reward":
+                reward = float("inf")
+            if self.fault == "exception" or (self.fault == "exception after nan" and self.steps > 40):
+                raise RuntimeError("the motor is on fire")
+            if self.fault == "exception after nan":
+                obs = obs + np.float32("nan")
+            if self.fault == "death":
+                os._exit(3)
+        return obs, reward, False, self.steps % 20 == 0, {}
+
+
+class Slow(Constant):
+    """Takes a millisecond a step."""
+
+    def step(self, action):
+        time.sleep(0.001)
+        return super().step(action)
+
+
+class SameStep(gym.vector.VectorEnv):
+    """A vector environment with the wrong autoreset mode."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
+    single_observation_space, single_action_space = spaces.Box(-1, 1, (1,)), spaces.Discrete(2)
+
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+
+
+for name, entry_point, limit in [
+    ("Constant", Constant, None),
+    ("Sign", Sign, None),
+    ("Delay", Delay, None),
+    ("Choice", Choice, None),
+    ("Match", Match, None),
+    ("Forever", Forever, 10),
+    ("Copy", Copy, None),
+    ("Counting", Counting, None),
+    ("Spaces", Spaces, None),
+    ("Faulty", Faulty, None),
+    ("Slow", Slow, None),
+]:
+    gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)
+gym.register("SameStep-v0", Constant, vector_entry_point=SameStep)

@@ -1,0 +1,31 @@
+"""CartPole is learnt within a budget, and the same test fails where nothing can be learnt."""
+
+import numpy as np
+import pytest
+import torch
+
+import ppo
+
+
+def mean_return(seed, **flags):
+    """Mean return of 20 greedy episodes after 100,000 steps."""
+    agent = ppo.train(ppo.Args(seed=seed, total_timesteps=100_000, **flags))
+    env, returns = ppo.gym.make("CartPole-v1"), []
+    for episode in range(20):
+        obs, total, done = env.reset(seed=episode)[0], 0.0, False
+        while not done:
+            with torch.no_grad():
+                action = agent(torch.from_numpy(obs).unsqueeze(0))[0].mode.numpy()
+            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    return np.mean(returns)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_cartpole(seed):
+    assert mean_return(seed) >= 450
+
+
+def test_cartpole_without_learning():
+    assert mean_return(1, learning_rate=0.0) < 200

@@ -1,0 +1,102 @@
+"""ppo_loss on rows small enough to work out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import ppo
+
+
+class Table(nn.Module):
+    """An agent whose log-probabilities, values and entropy are parameters, one a row."""
+
+    def __init__(self, ratio, value):
+        super().__init__()
+        self.logprob = nn.Parameter(torch.tensor(ratio).log())
+        self.value = nn.Parameter(torch.tensor(value))
+        self.row_entropy = nn.Parameter(torch.full_like(self.value, 0.7))
+
+    def forward(self, obs):
+        return self, self.value
+
+    def log_prob(self, action):
+        return self.logprob
+
+    def entropy(self):
+        return self.row_entropy
+
+
+def run(ratio, advantage, value=None, old_value=None, ret=None, **flags):
+    zeros = [0.0] * len(ratio)
+    agent = Table(ratio, value or zeros)
+    columns = [zeros, zeros, zeros, old_value or zeros, advantage, ret or zeros]
+    minibatch = ppo.Minibatch(*map(torch.tensor, columns))
+    args = ppo.Args(**{"ent_coef": 0.0, "vf_coef": 0.0, "clip_coef": 0.2, **flags})
+    loss, info = ppo.ppo_loss(agent, minibatch, args, args.clip_coef)
+    loss.backward()
+    return agent, loss.item(), {name: x.item() for name, x in info.items()}
+
+
+RATIO = [1.5, 0.5, 0.5, 1.5, 1.1]
+ADVANTAGE = [1.0, 1.0, -1.0, -2.0, 3.0]
+# min(r A, clip(r) A): 1.2 (clipped), 0.5, -0.8 (clipped), -3.0, 3.3. Of r A, the gradient by log r is r A.
+SURROGATE = [1.2, 0.5, -0.8, -3.0, 3.3]
+GRADIENT = [0.0, 0.5, 0.0, -3.0, 3.3]
+
+
+def test_clipped_surrogate():
+    agent, loss, info = run(RATIO, ADVANTAGE)
+    assert loss == pytest.approx(-sum(SURROGATE) / 5)
+    assert info["policy_loss"] == pytest.approx(loss)
+    assert agent.logprob.grad.tolist() == pytest.approx([-g / 5 for g in GRADIENT])
+    assert info["clipfrac"] == pytest.approx(4 / 5)
+
+
+def test_dual_clip_bounds_only_negative_advantages():
+    # With c = 1.25 the fourth row is max(-3.0, 1.25 x -2) = -2.5 and has no gradient; the others stay.
+    agent, loss, _ = run(RATIO, ADVANTAGE, dual_clip=1.25)
+    assert loss == pytest.approx(-(1.2 + 0.5 - 0.8 - 2.5 + 3.3) / 5)
+    assert agent.logprob.grad.tolist() == pytest.approx([0.0, -0.1, 0.0, 0.0, -0.66])
+    _, loss, _ = run(RATIO, ADVANTAGE, dual_clip=2.0)  # -3.0 is above 2 x -2
+    assert loss == pytest.approx(-sum(SURROGATE) / 5)
+
+
+def test_kl_estimates():
+    _, _, info = run(RATIO, ADVANTAGE)
+    assert info["old_approx_kl"] == pytest.approx(-sum(math.log(r) for r in RATIO) / 5)
+    assert info["approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in RATIO) / 5)
+
+
+VALUE, OLD_VALUE, RETURN = [0.5, 0.1, -0.5, 1.4], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.3]
+
+
+def test_value_loss_takes_the_larger_of_both_errors():
+    # Values clipped to 0.2 from the old ones: 0.2, 0.1, -0.2, 1.2. Errors plain: .25, .81, 2.25, .01;
+    # clipped: .64, .81, 1.44, .01. The larger: clipped (no gradient), either, plain, either.
+    agent, loss, info = run([1.0] * 4, [0.0] * 4, VALUE, OLD_VALUE, RETURN, vf_coef=1.0)
+    assert info["value_loss"] == pytest.approx(0.5 * (0.64 + 0.81 + 2.25 + 0.01) / 4)
+    assert loss == pytest.approx(info["value_loss"])
+    assert agent.value.grad[:3].tolist() == pytest.approx([0.0, (0.1 - 1) / 4, (-0.5 - 1) / 4])
+
+
+def test_value_loss_unclipped_and_weighted():
+    agent, loss, _ = run([1.0] * 4, [0.0] * 4, VALUE, OLD_VALUE, RETURN, vf_coef=0.5, clip_vloss=False)
+    assert loss == pytest.approx(0.5 * 0.5 * (0.25 + 0.81 + 2.25 + 0.01) / 4)
+    assert agent.value.grad.tolist() == pytest.approx(
+        [0.5 * (v - r) / 4 for v, r in zip(VALUE, RETURN, strict=True)]
+    )
+
+
+def test_entropy_is_a_bonus():
+    agent, loss, info = run([1.0] * 4, [0.0] * 4, ent_coef=0.01)
+    assert (loss, info["entropy"]) == (pytest.approx(-0.007), pytest.approx(0.7))
+    assert agent.row_entropy.grad.tolist() == pytest.approx([-0.0025] * 4)
+
+
+def test_clip_coef_is_the_argument_and_not_the_flag():
+    agent, columns = Table([1.5], [0.0]), [[0.0]] * 4 + [[1.0], [0.0]]
+    args = ppo.Args(clip_coef=0.2, vf_coef=0.0, ent_coef=0.0)
+    loss, _ = ppo.ppo_loss(agent, ppo.Minibatch(*map(torch.tensor, columns)), args, 0.05)
+    assert loss.item() == pytest.approx(-1.05)

@@ -1,0 +1,135 @@
+"""How many steps of what size: iterations, annealing, gradient clipping and the KL stop."""
+
+import gymnasium as gym
+import pytest
+import torch
+
+import ppo
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The learning rate of every optimizer step while the test trains."""
+    rates, original = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    return rates
+
+
+@pytest.mark.parametrize(("total", "iterations"), [(1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (300, 5)])
+def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, monkeypatch, steps):
+    env_steps, original = [], gym.vector.SyncVectorEnv.step
+
+    def step(self, actions):
+        env_steps.append(len(actions))
+        return original(self, actions)
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", step)
+    ppo.train(ppo.Args(total_timesteps=total, num_envs=4, num_steps=16, num_minibatches=2, update_epochs=3))
+    assert sum(env_steps) == 64 * iterations
+    assert len(steps) == iterations * 3 * 2
+
+
+def test_annealing_ends_with_the_last_iteration(updates, steps):
+    """Five iterations: 5/5, 4/5, ... 1/5, also where the last one is only begun by total_timesteps."""
+    flags = {"total_timesteps": 64 * 4 + 1, "num_steps": 16, "num_minibatches": 1, "update_epochs": 1}
+    ppo.train(ppo.Args(learning_rate=1e-3, clip_coef=0.1, anneal_clip=True, **flags))
+    assert steps == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert [clip for _, clip, _ in updates] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+    ppo.train(ppo.Args(learning_rate=1e-3, clip_coef=0.1, anneal_lr=False, **flags))
+    assert steps[5:] == [1e-3] * 5
+    assert [clip for _, clip, _ in updates[5:]] == [0.1] * 5
+
+
+def test_kl_stop(updates, steps, monkeypatch):
+    """Above the target no step is taken, the update ends, and that minibatch is not in the averages."""
+    flags = {"run_name": "a", "total_timesteps": 512 * 3, "learning_rate": 1e-2, "anneal_lr": False}
+    logged = []
+    original = ppo.Logger.iteration
+    monkeypatch.setattr(
+        ppo.Logger,
+        "iteration",
+        lambda self, i, scalars: (logged.append(dict(scalars)), original(self, i, scalars)),
+    )
+    ppo.train(ppo.Args(target_kl=0.01, **flags))
+    kls, iterations = [info["approx_kl"].item() for _, _, info in updates], [[]]
+    for kl in kls:
+        iterations[-1].append(kl)
+        if kl > 0.01 or len(iterations[-1]) == 16:
+            iterations.append([])
+    assert iterations.pop() == []
+    assert len(iterations) == 3, "an update phase ends at the first KL above the target, not later or before"
+    assert sum(kl > 0.01 for kl in kls) >= 2, "the test needs a stop"
+    assert len(steps) == sum(kl <= 0.01 for kl in kls)
+    for scalars, kl in zip(logged, iterations, strict=True):
+        taken = [x for x in kl if x <= 0.01]
+        assert scalars["losses/approx_kl"] == pytest.approx(sum(taken) / len(taken), rel=1e-4)
+
+
+def test_kl_stop_before_the_first_step(steps, monkeypatch):
+    """Where not even one minibatch was learnt from, there are no losses to log, and the run goes on."""
+    logged, loss = [], ppo.ppo_loss
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *x: (loss(*x)[0], {"approx_kl": torch.tensor(0.5)}))
+    monkeypatch.setattr(ppo.Logger, "iteration", lambda self, i, scalars: logged.append(set(scalars)))
+    ppo.train(ppo.Args(target_kl=0.4, total_timesteps=1024))
+    assert steps == []
+    assert logged == [{"losses/explained_variance", "charts/learning_rate"}] * 2
+
+
+def test_without_a_target_nothing_stops(updates, steps):
+    ppo.train(ppo.Args(total_timesteps=512 * 2, learning_rate=1e-2))
+    assert len(steps) == len(updates) == 32
+    assert max(info["approx_kl"] for _, _, info in updates) > 0.01
+
+
+def test_gradients_are_clipped_by_their_global_norm(monkeypatch):
+    norms, original = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        grads = [p.grad for p in self.param_groups[0]["params"]]
+        norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    ppo.train(ppo.Args(total_timesteps=512, max_grad_norm=0.01))
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+    norms.clear()
+    ppo.train(ppo.Args(total_timesteps=512, max_grad_norm=None))
+    assert max(norms) > 0.1
+
+
+def test_advantages_are_normalised_by_minibatch(updates):
+    ppo.train(ppo.Args(total_timesteps=512))
+    for minibatch, _, _ in updates:
+        assert minibatch.advantage.mean().item() == pytest.approx(0, abs=1e-5)
+        assert minibatch.advantage.std().item() == pytest.approx(1, abs=1e-4)
+    updates.clear()
+    ppo.train(ppo.Args(total_timesteps=512, norm_adv=False))
+    assert all(abs(minibatch.advantage.std().item() - 1) > 1e-3 for minibatch, _, _ in updates)
+    for minibatch, _, _ in updates:
+        torch.testing.assert_close(minibatch.advantage, minibatch.ret - minibatch.value, atol=1e-5, rtol=1e-5)
+
+
+def test_optimizer(monkeypatch):
+    made, original = [], torch.optim.Adam.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", init)
+    agent = ppo.train(ppo.Args(total_timesteps=64, num_steps=16))
+    (optimizer,) = made
+    assert optimizer.defaults["eps"] == 1e-5
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in agent.parameters()}
+
+
+def test_dual_clip_is_used(updates):
+    """With c barely above 1 it binds at once, which changes the weights."""
+    flags = {"total_timesteps": 512 * 2, "learning_rate": 1e-2}
+    a, b = ppo.train(ppo.Args(**flags)), ppo.train(ppo.Args(dual_clip=1.0001, **flags))
+    assert not torch.equal(a.actor[0].weight, b.actor[0].weight)

@@ -1,0 +1,62 @@
+"""Reproducibility: the same seed is the same run, and nothing else is."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import probes
+import pytest
+import torch
+
+import ppo
+
+DIGEST = """
+import hashlib, sys, ppo
+mode, kind, seed = sys.argv[1:]
+args = ppo.Args(env_id=kind, vectorization_mode=mode, seed=int(seed), total_timesteps=2048)
+state = ppo.train(args).state_dict()
+print("digest", hashlib.sha256(b"".join(x.numpy().tobytes() for x in state.values())).hexdigest())
+"""
+
+
+def digest(*arguments):
+    command = [sys.executable, "-c", DIGEST, *arguments]
+    path = Path(ppo.__file__).parent
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(path)}
+    ).stdout
+    return out.split("digest ")[1]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("sync", "CartPole-v1"), ("async", "Pendulum-v1")])
+def test_same_seed_same_weights_in_another_process(mode, kind):
+    assert digest(mode, kind, "1") == digest(mode, kind, "1") != digest(mode, kind, "2")
+
+
+def test_sync_and_async_are_the_same_run():
+    a, b = (
+        ppo.train(ppo.Args(vectorization_mode=mode, total_timesteps=2048)).state_dict()
+        for mode in ("sync", "async")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_earlier_run_in_the_process_changes_nothing():
+    def weights():
+        state = ppo.train(ppo.Args(total_timesteps=1024)).state_dict()
+        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in state.values())).hexdigest()
+
+    assert weights() == weights()
+
+
+def test_environments_have_seeds_of_their_own():
+    """One Python int below 2**31 each, different within a run and from run to run."""
+    seeds = []
+    for seed in (0, 1, 2, 2**40):
+        probes.SEEDS.clear()
+        ppo.train(ppo.Args(env_id="Counting-v0", seed=seed, num_envs=16, num_steps=4, total_timesteps=64))
+        assert len(probes.SEEDS) == 16
+        seeds += probes.SEEDS
+    assert len(set(seeds)) == 4 * 16
+    assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)

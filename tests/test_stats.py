@@ -1,0 +1,170 @@
+"""Running statistics, reward scaling, and returns that stay raw."""
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo
+
+
+def test_running_statistics_equal_two_pass_numpy():
+    """Over chunks of uneven size, with offsets up to 1e4 times and scales 1e-3 to 1e3 times the ordinary."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5000, 4)) * [1, 1e-3, 1e3, 1] + [0, 10, -1e3, 1e4]
+    rows[:, 3] *= np.linspace(0.5, 1.5, 5000)  # a drift, so that the chunks differ
+    stats = ppo.RunningStats((4,))
+    for chunk in np.split(rows.astype(np.float32), [1, 2, 10, 1000, 1003, 4000]):
+        stats.update(torch.from_numpy(chunk))
+    assert stats.count == 5000
+    np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(stats.std, rows.std(0), rtol=1e-3)
+
+
+def test_scaling():
+    stats = ppo.RunningStats((2,))
+    x = torch.tensor([[3.0, -50.0], [1.0, 7.0]])
+    assert torch.equal(stats.scale(x), torch.tensor([[3.0, -10.0], [1.0, 7.0]])), (
+        "the identity at first, but clipped"
+    )
+    stats.update(torch.tensor([[0.0, 7.0], [4.0, 7.0]]))
+    assert torch.equal(stats.scale(torch.tensor([[3.0, 0.0]])), torch.tensor([[1.5, 0.0]])), (
+        "a constant stays finite"
+    )
+
+
+def test_the_first_observations_pass_unscaled_and_the_next_are_scaled(monkeypatch):
+    """Statistics change after an update phase alone, by its valid rows, and are those of all environments."""
+    seen, rows = [], []
+    original_normalize, original_loss = ppo.Agent.normalize, ppo.ppo_loss
+
+    def normalize(agent, obs):
+        seen.append((agent.obs_stats.count.item(), obs.clone(), original_normalize(agent, obs).clone()))
+        return seen[-1][2]
+
+    def ppo_loss(agent, minibatch, *rest):
+        rows.append((agent.obs_stats.count.item(), minibatch.obs.clone()))
+        return original_loss(agent, minibatch, *rest)
+
+    monkeypatch.setattr(ppo.Agent, "normalize", normalize)
+    monkeypatch.setattr(ppo, "ppo_loss", ppo_loss)
+    agent = ppo.train(
+        ppo.Args(
+            env_id="Spaces-v0",
+            num_envs=3,
+            num_steps=32,
+            total_timesteps=192,
+            update_epochs=1,
+            num_minibatches=2,
+        )
+    )
+    counts = sorted({count for count, _ in rows})
+    assert counts[0] == 0, "the identity in the whole first iteration"
+    first = torch.cat([obs for count, obs in rows if count == 0]).double()
+    second = torch.cat([obs for count, obs in rows if count == len(first)]).double()
+    assert counts == [0, len(first)]
+    for count, obs, scaled in seen:
+        if count == 0:
+            torch.testing.assert_close(scaled, obs.clamp(-10, 10))
+        else:
+            expected = (obs - first.mean(0)) / first.std(0, correction=0)
+            torch.testing.assert_close(scaled.double(), expected.clamp(-10, 10), atol=1e-4, rtol=1e-4)
+    both = torch.cat([first, second])
+    assert agent.obs_stats.count == len(both) < 192
+    torch.testing.assert_close(agent.obs_stats.mean.double(), both.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(monkeypatch):
+    """Of reward 1 in episodes of 10 steps, cut by their time limit: sums 1, 1.9, ... start again at each."""
+    scaled, original = [], ppo.gae
+
+    def gae(reward, *rest):
+        scaled.append(reward.clone())
+        return original(reward, *rest)
+
+    monkeypatch.setattr(ppo, "gae", gae)
+    # 22 rows are two episodes and two resets, so that every rollout starts with an episode.
+    agent = ppo.train(ppo.Args(env_id="Forever-v0", num_envs=2, num_steps=22, total_timesteps=88, gamma=0.9))
+    sums = [sum(0.9**k for k in range(n)) for n in range(1, 11)]
+    assert agent.return_stats.count == 2 * 2 * 2 * 10
+    assert agent.return_stats.std.item() == pytest.approx(np.std(sums), rel=1e-5)
+    assert agent.return_stats.mean.item() == pytest.approx(np.mean(sums), rel=1e-5)
+    expected = np.tile([*[1 / np.std(sums)] * 10, 0], 2)
+    for reward in scaled:
+        np.testing.assert_allclose(reward, np.stack([expected] * 2, 1), rtol=1e-5)
+
+
+def test_the_discounted_return_runs_on_into_the_next_rollout():
+    """With rollouts of 8 rows an episode of 10 steps spans two of them; 44 rows are four episodes."""
+    args = ppo.Args(env_id="Forever-v0", num_envs=2, num_steps=11 * 4 // 4, total_timesteps=2 * 44, gamma=0.9)
+    whole = ppo.train(args).return_stats
+    args.num_steps, args.num_minibatches = 4, 2
+    parts = ppo.train(args).return_stats
+    assert parts.count == whole.count == 80
+    torch.testing.assert_close(parts.std, whole.std)
+
+
+def test_scaling_can_be_off(updates):
+    agent = ppo.train(ppo.Args(env_id="Forever-v0", total_timesteps=512, norm_obs=False, norm_reward=False))
+    assert agent.obs_stats is agent.return_stats is None
+    assert not any("stats" in name for name in agent.state_dict())
+
+
+def scalars(run):
+    events = EventAccumulator(f"runs/{run}", size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, events
+
+
+def test_tensorboard():
+    """Raw returns of all episodes, whatever the scaling, counted by hand from the environment's rule."""
+    # 3 equal environments, 16 rows each: episodes of 3, 1, 4, 2 steps and a reset after each make 14 rows.
+    ppo.train(ppo.Args(env_id="Counting-v0", run_name="a", num_envs=3, num_steps=16, total_timesteps=96))
+    tags, events = scalars("a")
+    returns = [sum(np.sin(e + 0.1 * t) for t in range(1, n + 1)) for e, n in enumerate([3, 1, 4, 2])]
+    assert tags["charts/episodic_return"][0] == (48, pytest.approx(np.mean(returns), rel=1e-5))
+    assert tags["charts/episodic_return_min"][0] == (48, pytest.approx(min(returns), rel=1e-5))
+    assert tags["charts/episodic_return_max"][0] == (48, pytest.approx(max(returns), rel=1e-5))
+    assert tags["charts/episodic_length"][0] == (48, 2.5)
+    assert tags["charts/episodes"][0] == (48, 12), "three that end in the same step are three"
+    assert [step for step, _ in tags["losses/policy_loss"]] == [48, 96]
+    losses = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm explained_variance"
+    charts = (
+        "learning_rate SPS episodes episodic_length episodic_return episodic_return_min episodic_return_max"
+    )
+    assert set(tags) == {f"losses/{x}" for x in losses.split()} | {f"charts/{x}" for x in charts.split()}
+    text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|gae_lambda|0.95|" in text
+
+
+def test_tensorboard_without_episodes_and_with_a_gaussian():
+    space = ppo.spaces.Box(-1, 1, (2,))
+    args = ppo.Args(env_id="Spaces-v0", env_kwargs={"action_space": space}, run_name="a", log_std_init=-1.0)
+    args.total_timesteps, args.learning_rate = 512, 0.0
+    ppo.train(args)
+    assert scalars("a")[0]["charts/action_std"] == [(512, pytest.approx(np.exp(-1)))]
+    # Episodes of CartPole last eight steps and more, so that none ends in the first rollout of four.
+    ppo.train(ppo.Args(run_name="b", num_steps=4, num_envs=16, total_timesteps=64 * 8))
+    tags = scalars("b")[0]
+    assert tags["charts/episodes"][0][0] > 64
+    assert len(tags["charts/SPS"]) == 8
+
+
+def test_losses_are_averaged_over_all_minibatches(updates):
+    ppo.train(ppo.Args(run_name="a", total_timesteps=1024))
+    tags = scalars("a")[0]
+    for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac"):
+        for iteration in range(2):
+            mean = np.mean([info[name].item() for _, _, info in updates[16 * iteration :][:16]])
+            assert tags[f"losses/{name}"][iteration][1] == pytest.approx(mean, rel=1e-4, abs=1e-7)
+
+
+def test_console_in_a_file(capsys):
+    """At most about forty lines, whatever the length; the last ones sum up."""
+    ppo.train(
+        ppo.Args(run_name="a", total_timesteps=64 * 100, num_steps=16, num_minibatches=1, update_epochs=1)
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run: runs/a"
+    assert 20 < len(lines) <= 42
+    assert any("6,400 steps (100%)" in line and "steps/s" in line and "left" in line for line in lines)
+    assert "last 100 episodes: return" in lines[-2]
