@@ -32,6 +32,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections import deque
@@ -441,27 +442,28 @@ def train(args: Args) -> Agent:
                     rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
                     rollout.done[t] = done = terminated | truncated
                     log.count_episodes(info)
-            batch = Rollout(*(torch.from_numpy(x).to(device) for x in rollout))
+            data = Rollout(*(torch.from_numpy(x).to(device) for x in rollout))
 
-            # Advantages, by the values of the agent that acted, of scaled rewards [37] #30-31.
-            reward = batch.reward
+            # Advantages, of rewards in deviations of the return [37] #30-31, by the agent that acted.
+            reward = data.reward
             if agent.return_stats is not None:
-                agent.return_stats.update(batch.discounted[batch.valid])
+                agent.return_stats.update(data.discounted[data.valid])
                 reward = agent.return_stats.scale(reward)
-            ends = batch.terminated, batch.done, args.gamma, args.gae_lambda
-            logprob, value = value_rollout(agent, batch.obs, batch.action)
-            advantage, ret = gae(reward, value, *ends)
-            unexplained = (ret - value[:-1])[batch.valid].var() / ret[batch.valid].var()
+            logprob, value = value_rollout(agent, data.obs, data.action)
+            advantage, ret = gae(reward, value, data.terminated, data.done, args.gamma, args.gae_lambda)
+            explained = 1 - (ret - value[:-1])[data.valid].var() / ret[data.valid].var()
 
-            # Update: in each epoch every valid row is in one minibatch, whichever that is [37] #6.
+            # Update: pass over the valid rows K times, in minibatches that are drawn anew each time [37] #6.
             infos, stop = [], False
-            rows = batch.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,)
+            rows = data.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,)
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
-                    _, value = value_rollout(agent, batch.obs, batch.action)
-                    advantage, ret = gae(reward, value, *ends)
+                    _, value = value_rollout(agent, data.obs, data.action)
+                    advantage, ret = gae(
+                        reward, value, data.terminated, data.done, args.gamma, args.gae_lambda
+                    )
                 shuffled = rows[torch.randperm(len(rows), device=device)]
-                columns = Minibatch(batch.obs[:-1], batch.action, logprob, value[:-1], advantage, ret)
+                columns = Minibatch(data.obs[:-1], data.action, logprob, value[:-1], advantage, ret)
                 parts = (x.flatten(0, 1)[shuffled].tensor_split(args.num_minibatches) for x in columns)
                 for minibatch in map(Minibatch._make, zip(*parts, strict=True)):
                     if args.norm_adv:  # [37] #7
@@ -480,13 +482,13 @@ def train(args: Args) -> Agent:
                 if stop:
                     break
 
-            # The statistics change only now: until here, they were those of the old log-probabilities.
+            # Only now, or the old and the new log-probabilities would not be of the same scaled observations.
             if agent.obs_stats is not None:
-                agent.obs_stats.update(batch.obs[:-1][batch.valid])
+                agent.obs_stats.update(data.obs[:-1][data.valid])
 
-            scalars = {f"losses/{name}": mean for name, mean in average(infos).items()}
-            scalars |= {"losses/explained_variance": 1 - unexplained.item(), **agent.scalars()}
-            log.iteration(iteration, scalars | {"charts/learning_rate": learning_rate})
+            scalars = {f"losses/{name}": mean for name, mean in average(infos).items()} | agent.scalars()
+            scalars |= {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
+            log.iteration(iteration, scalars)
     return agent
 
 
@@ -546,15 +548,13 @@ def make_run_folder(args: Args) -> str:
     while True:
         name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         path = os.path.join("runs", re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-."))
-        if args.run_name and path != os.path.join("runs", name):
-            raise InputError(f"--run-name {name!r} is not a folder name on every system.")
         try:
             os.makedirs(path)
             return path
         except FileExistsError as error:
             if args.run_name:
-                raise InputError(f"--run-name {name!r} is taken: there is a {path} already.") from error
-            time.sleep(1)  # another run of this second
+                raise InputError(f"--run-name {name} is taken: there is a {path} already.") from error
+            time.sleep(1)  # another run began in this second
         except OSError as error:
             raise InputError(f"Cannot create the folder {path}: {error.strerror}.") from error
 
@@ -569,10 +569,11 @@ class Logger:
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags)
         self.ended = []  # (return, length) of the episodes that ended in this iteration
         self.recent = deque(maxlen=100)  # and of the last hundred
+        self.line = "no iteration"
         print(f"run: {self.path}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
-        print(f"observations: {envs.single_observation_space}")
-        print(f"actions: {envs.single_action_space}")
+        print(f"observations: {textwrap.shorten(str(envs.single_observation_space), 90)}")
+        print(f"actions: {textwrap.shorten(str(envs.single_action_space), 90)}")
         print(f"agent: {sum(x.numel() for x in agent.parameters()):,} parameters on {device}", flush=True)
         self.start = time.perf_counter()  # start-up does not count in the speed
 
@@ -602,23 +603,19 @@ class Logger:
                 self.writer.add_scalar(tag, value, step)
 
         # One line that updates itself on a terminal, 32 lines in a file.
-        episodes = "no episode has ended yet"
+        elapsed, left = (timedelta(seconds=round(s)) for s in (seconds, seconds / count * (total - count)))
+        self.line = f"{step:,} steps ({count / total:.0%}) in {elapsed}, {step / seconds:,.0f} steps/s"
         if self.recent:
-            episodes = "return {:.1f}  length {:.1f}".format(*np.mean(self.recent, axis=0))
-        left = timedelta(seconds=round(seconds / count * (total - count)))
-        line = f"{step:,} steps ({count / total:.0%})  {episodes}  {step / seconds:,.0f} steps/s  {left} left"
+            self.line += ", return {:.1f}, length {:.1f}".format(*np.mean(self.recent, axis=0))
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:{width}}", end="", flush=True)
+            print("\r" + f"{self.line}, {left} left"[:width].ljust(width), end="", flush=True)
         elif count * 32 // total > iteration * 32 // total:
-            print(line, flush=True)
-        if count == total:
-            print(
-                f"\ndone in {timedelta(seconds=round(seconds))}; last {len(self.recent)} episodes: {episodes}"
-            )
-            print(f"curves: tensorboard --logdir {self.path}")
+            print(f"{self.line}, {left} left", flush=True)
 
     def close(self) -> None:
+        print(f"\nend: {self.line} over the last {len(self.recent)} episodes")
+        print(f"curves: tensorboard --logdir {self.path}", flush=True)
         self.writer.close()
 
 

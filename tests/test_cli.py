@@ -184,7 +184,7 @@ def test_a_run(tmp_path):
         "2,048 steps (100%)",
     ):
         assert part in result.stdout
-    assert "last 100 episodes" in result.stdout
+    assert "over the last 100 episodes" in result.stdout
     assert os.listdir(tmp_path) == ["runs"]
 
 

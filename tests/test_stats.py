@@ -1,5 +1,7 @@
 """Running statistics, reward scaling, and returns that stay raw."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -167,4 +169,5 @@ def test_console_in_a_file(capsys):
     assert lines[0] == "run: runs/a"
     assert 20 < len(lines) <= 42
     assert any("6,400 steps (100%)" in line and "steps/s" in line and "left" in line for line in lines)
-    assert "last 100 episodes: return" in lines[-2]
+    end = r"end: 6,400 steps \(100%\) in \S+, \S+ steps/s, return (\S+), length \1 over the last 100 episodes"
+    assert re.fullmatch(end, lines[-2])
