@@ -64,7 +64,7 @@ class Args:
     exp_name: str = "ppo"  # name of the experiment, a part of the run names that are made up
     run_name: str | None = None  # new folder in runs/ (None: made up as env_id__exp_name__seed__time)
     seed: int = 1  # seed of the networks, the sampled actions, the minibatches and the environments
-    torch_deterministic: bool = True  # on CUDA, use cuDNN's deterministic kernels only
+    torch_deterministic: bool = True  # on CUDA, use only deterministic kernels of cuDNN (off: any)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...; auto is the CPU, faster for small networks
 
     env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
@@ -75,28 +75,28 @@ class Args:
 
     total_timesteps: int = 500_000  # steps of all environments together, rounded up to whole rollouts
     learning_rate: float = 2.5e-4  # alpha, the step size of Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly towards 0 over the run
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run (off: constant)
     num_steps: int = 128  # T, steps of each environment in a rollout
     gamma: float = 0.99  # gamma, the discount factor (0: only the next reward counts)
     gae_lambda: float = 0.95  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
     num_minibatches: int = 4  # minibatches that an epoch splits the rollout into
     update_epochs: int = 4  # K, passes over each rollout
-    norm_adv: bool = True  # scale the advantages A of each minibatch to mean 0 and deviation 1
+    norm_adv: bool = True  # scale the advantages A of each minibatch to mean 0, deviation 1 (off: not at all)
     clip_coef: float = 0.2  # epsilon, how far the probability ratio may leave 1 before it is clipped
-    anneal_clip: bool = False  # let epsilon fall linearly towards 0 over the run
-    clip_vloss: bool = True  # clip the change of the value function by epsilon too
+    anneal_clip: bool = False  # let epsilon fall linearly to 0 over the run (off: constant)
+    clip_vloss: bool = True  # clip the change of the value function by epsilon too (off: plain squared error)
     dual_clip: float | None = None  # c > 1, bounds the surrogate of a negative A below by c A (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     max_grad_norm: float | None = 0.5  # longest gradient, in the global 2-norm; longer are cut (None: off)
     target_kl: float | None = None  # end an update before a step at a KL divergence above it (None: off)
-    recompute_advantages: bool = False  # compute values and advantages anew before each further epoch
+    recompute_advantages: bool = False  # value the rollout anew before each further epoch (off: only once)
 
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, in policy and value function alike
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
-    norm_obs: bool = True  # scale observations by their running mean and deviation, clip them to +-10
-    norm_reward: bool = True  # divide rewards by the running deviation of the return, clip them to +-10
+    norm_obs: bool = True  # scale observations by running mean and deviation, clip to +-10 (off: raw)
+    norm_reward: bool = True  # divide rewards by the return's running deviation, clip to +-10 (off: raw)
 
     @property
     def num_iterations(self) -> int:
@@ -129,8 +129,10 @@ def check(args: Args) -> None:
             if not holds(value := getattr(args, name)):
                 raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
-        rows = f"{args.num_envs} environments x {args.num_steps} steps, of which half may be resets"
-        raise InputError(f"{rows}, are too few for {args.num_minibatches} minibatches of at least two rows.")
+        raise InputError(
+            f"{args.num_envs} x {args.num_steps} rows, half of which may be resets, are too few for "
+            f"{args.num_minibatches} minibatches of two rows or more: raise --num-steps or --num-envs."
+        )
 
 
 # --- 2. Environments ---------------------------------------------------------------------------------------

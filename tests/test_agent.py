@@ -154,6 +154,19 @@ def test_acting_samples_from_the_distribution_that_is_learnt(name):
     assert torch.all((counts / n - p).abs() < 5 * (p * (1 - p) / n).sqrt())
 
 
+def test_policy_and_value_function_both_see_scaled_observations():
+    torch.manual_seed(0)
+    agent, plain = (ppo.Agent(OBS, ACTIONS["box"], ppo.Args(norm_obs=on)) for on in (True, False))
+    plain.load_state_dict(agent.state_dict(), strict=False)
+    agent.obs_stats.update(
+        torch.tensor([[0.0, 10.0, -4.0], [2.0, 30.0, -4.0]])
+    )  # means 1, 20, -4, deviations 1, 10, 0
+    dist, value = agent(torch.tensor([[2.0, 25.0, -4.0]]))
+    expected_dist, expected_value = plain(torch.tensor([[1.0, 0.5, 0.0]]))
+    torch.testing.assert_close(dist.mean, expected_dist.mean)
+    torch.testing.assert_close(value, expected_value)
+
+
 def test_bounded_dimensions_are_mapped_and_all_are_clipped():
     inf = np.inf
     space = spaces.Box(np.array([-2, 0, -inf, 1], np.float32), np.array([2, 10, inf, inf], np.float32))

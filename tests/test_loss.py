@@ -96,7 +96,8 @@ def test_entropy_is_a_bonus():
 
 
 def test_clip_coef_is_the_argument_and_not_the_flag():
-    agent, columns = Table([1.5], [0.0]), [[0.0]] * 4 + [[1.0], [0.0]]
-    args = ppo.Args(clip_coef=0.2, vf_coef=0.0, ent_coef=0.0)
+    """It may be annealed: the ratio is clipped at 1.05, and the value, which should rise by 1, at 0.05."""
+    agent, columns = Table([1.5], [1.0]), [[0.0]] * 4 + [[1.0], [1.0]]
+    args = ppo.Args(clip_coef=0.2, vf_coef=1.0, ent_coef=0.0)
     loss, _ = ppo.ppo_loss(agent, ppo.Minibatch(*map(torch.tensor, columns)), args, 0.05)
-    assert loss.item() == pytest.approx(-1.05)
+    assert loss.item() == pytest.approx(-1.05 + 0.5 * 0.95**2)

@@ -37,12 +37,12 @@ def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, monkeypatch, s
 def test_annealing_ends_with_the_last_iteration(updates, steps):
     """Five iterations: 5/5, 4/5, ... 1/5, also where the last one is only begun by total_timesteps."""
     flags = {"total_timesteps": 64 * 4 + 1, "num_steps": 16, "num_minibatches": 1, "update_epochs": 1}
-    ppo.train(ppo.Args(learning_rate=1e-3, clip_coef=0.1, anneal_clip=True, **flags))
+    ppo.train(ppo.Args(learning_rate=1e-3, clip_coef=0.1, **flags))
     assert steps == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
-    assert [clip for _, clip, _ in updates] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
-    ppo.train(ppo.Args(learning_rate=1e-3, clip_coef=0.1, anneal_lr=False, **flags))
+    assert [clip for _, clip, _ in updates] == [0.1] * 5
+    ppo.train(ppo.Args(learning_rate=1e-3, clip_coef=0.1, anneal_lr=False, anneal_clip=True, **flags))
     assert steps[5:] == [1e-3] * 5
-    assert [clip for _, clip, _ in updates[5:]] == [0.1] * 5
+    assert [clip for _, clip, _ in updates[5:]] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
 
 
 def test_kl_stop(updates, steps, monkeypatch):

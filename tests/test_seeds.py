@@ -60,3 +60,15 @@ def test_environments_have_seeds_of_their_own():
         seeds += probes.SEEDS
     assert len(set(seeds)) == 4 * 16
     assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize(("omp_num_threads", "expected"), [(None, 1), ("2", 2)])
+def test_one_thread_unless_omp_num_threads_says_otherwise(omp_num_threads, expected):
+    code = "import ppo, torch; ppo.train(ppo.Args(total_timesteps=512)); print(torch.get_num_threads())"
+    env = {"PYTHONPATH": str(Path(ppo.__file__).parent)}
+    if omp_num_threads:
+        env["OMP_NUM_THREADS"] = omp_num_threads
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    ).stdout
+    assert int(out.splitlines()[-1]) == expected

@@ -81,12 +81,12 @@ def main():
             cells = [
                 args.seed,
                 len(episodes),
-                f"{finals[-1]:.1f}",
+                f"{finals[-1]:.2f}",
                 f"{step:,}" if step else "-",
                 f"{seconds / 60:.1f}",
             ]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    print(f"\nreturn: mean {np.mean(finals):.1f}, std {np.std(finals):.1f}, min {min(finals):.1f}")
+    print(f"\nreturn: mean {np.mean(finals):.2f}, std {np.std(finals):.2f}, min {min(finals):.2f}")
     if options.threshold is not None:
         print(f"step of the threshold: median {np.median(reached):,.0f}")
 

@@ -1,4 +1,4 @@
-"""Steps per second of ppo.py and of Stable-Baselines3's PPO on the same work, alternately, in fresh processes.
+"""Steps per second of ppo.py and Stable-Baselines3's PPO on the same work, alternately, in fresh processes.
 
     python tests/benchmarks/speed.py
 
