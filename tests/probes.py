@@ -170,6 +170,13 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 1.0, bool(ends[0]), bool(ends[1]), {}
 
 
+class OddError(Exception):
+    """Cannot be made anew from its message alone."""
+
+    def __init__(self, a, b):
+        super().__init__(a + b)
+
+
 class Faulty(Probe):
     """Goes wrong in its 40th step, in the way named by the argument, or is unusable from the start."""
 
@@ -181,6 +188,12 @@ class Faulty(Probe):
             self.observation_space = spaces.Sequence(spaces.Discrete(3))
         if fault == "action space":
             self.action_space = spaces.Tuple([spaces.Discrete(2)])
+        if fault == "action":
+            self.action_space = spaces.Box(-np.inf, np.inf, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = self.seed if seed is None else seed
+        return super().reset(seed=seed, options=options)
 
     def observe(self):
         return np.zeros(1, np.float32)
@@ -197,8 +210,10 @@ class Faulty(Probe):
                 raise RuntimeError("the motor is on fire")
             if self.fault == "exception after nan":
                 obs = obs + np.float32("nan")
-            if self.fault == "death":
+            if self.fault == "death" and self.seed % 4 == 0:
                 os._exit(3)
+            if self.fault == "odd exception":
+                raise OddError("two", "arguments")
         return obs, reward, False, self.steps % 20 == 0, {}
 
 

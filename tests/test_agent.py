@@ -198,8 +198,8 @@ def test_initialisation():
 
 def test_network_flags():
     agent = ppo.Agent(OBS, spaces.Discrete(2), ppo.Args(hidden_sizes=(16, 8, 4), activation="relu"))
-    layers = [type(layer).__name__ for layer in agent.actor]
-    assert layers == ["Linear", "ReLU"] * 3 + ["Linear"]
+    for network in (agent.actor, agent.critic):
+        assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU"] * 3 + ["Linear"]
     assert [layer.out_features for layer in agent.critic[::2]] == [16, 8, 4, 1]
     linear = ppo.Agent(OBS, spaces.Discrete(2), ppo.Args(hidden_sizes=()))
     assert [type(layer).__name__ for layer in linear.actor] == ["Linear"]
@@ -223,5 +223,5 @@ def test_make_envs_reports_raw_statistics():
     envs.reset(seed=0)
     for _ in range(3):
         *_, info = envs.step(np.zeros(2, np.int64))
-    assert info["_statistics"].tolist() == [True, True]
-    assert info["statistics"]["l"].tolist() == [3, 3]
+    assert info["_raw_episode"].tolist() == [True, True]
+    assert info["raw_episode"]["l"].tolist() == [3, 3]

@@ -17,8 +17,8 @@ PPO = Path(ppo.__file__)
 TESTS = Path(__file__).parent
 
 
-def run(folder, *flags, **kwargs):
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "100"}
+def run(folder, *flags, path="", **kwargs):
+    env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{path}", "COLUMNS": "100"}
     command = [sys.executable, str(PPO), *flags]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **kwargs)
 
@@ -31,6 +31,8 @@ BAD_INPUT = {
     "missing module": ("--env-id no_such_module:Env-v0", ["pip install no_such_module"]),
     "missing package": ("--env-id HalfCheetah-v5", ["MuJoCo", "pip install"]),
     "unknown keyword": ('--env-kwargs {"gravity":1}', ["gravity", "CartPole-v1"]),
+    "missing namespace": ("--env-id ALE/Pong-v5", ["pip install ale-py", "ale_py:ALE/Pong-v5"]),
+    "missing renderer": ('--env-kwargs {"render_mode":"human"}', ["pip install"]),
     "refused value": ('--env-id probes:Faulty-v0 --env-kwargs {"fault":"refusal"}', ["size 1 is too small"]),
     "clashing keyword": ('--env-kwargs {"num_envs":2}', ["num_envs"]),
     "not an object": ("--env-kwargs [1]", ["--env-kwargs", "JSON object"]),
@@ -73,7 +75,7 @@ OUT_OF_RANGE = {
     "max_grad_norm": ["0", "nan", "inf"],
     "target_kl": ["0", "-1", "nan", "inf"],
     "dual_clip": ["1", "nan", "inf"],
-    "log_std_init": ["-21", "3", "nan"],
+    "log_std_init": ["-20.1", "2.1", "nan"],
 }
 
 
@@ -81,12 +83,20 @@ OUT_OF_RANGE = {
 def bad_runs(tmp_path_factory):
     """Every bad input, by running the program, each in a folder of its own with a run called taken."""
 
+    missing = tmp_path_factory.mktemp("missing")
+
     def attempt(flags):
         folder = tmp_path_factory.mktemp("bad")
         (folder / "runs" / "taken").mkdir(parents=True)
+        for name in ("mujoco", "pygame"):  # as if they were not installed
+            missing.joinpath(f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
         flags = flags.replace("_space", " space").split(" --")
         argv = [word for flag in flags for word in ("--" + flag.removeprefix("--")).split(" ", 1)]
-        return run(folder, *argv), sorted(os.listdir(folder / "runs")), os.listdir(folder / "runs" / "taken")
+        return (
+            run(folder, *argv, path=missing),
+            sorted(os.listdir(folder / "runs")),
+            os.listdir(folder / "runs" / "taken"),
+        )
 
     commands = {name: flags for name, (flags, _) in BAD_INPUT.items()}
     commands |= {name: f"--{name.replace('_', '-')} {values[-1]}" for name, values in OUT_OF_RANGE.items()}
@@ -175,7 +185,7 @@ def test_a_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     (name,) = os.listdir(tmp_path / "runs")
-    assert re.fullmatch(r"probes-Match-v0__ppo-a-b-c__1__\d+|probes-Match-v0__a-b-c__1__\d+", name)
+    assert re.fullmatch(r"probes-Match-v0__a-b-c__1__\d+", name)
     for part in (
         f"run: runs/{name}",
         "4 x probes:Match-v0",
@@ -222,6 +232,7 @@ def test_progress_on_a_terminal_is_one_line(tmp_path):
     updates = progress[0].split("\r")[1:]
     assert len(updates) == 40
     assert all(len(update) == 59 for update in updates)
+    assert re.match(r"18,432 steps \(90%\), 0:00:\d\d left, [\d,]+ steps/s, return", updates[35])
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -234,10 +245,65 @@ def test_import_has_no_side_effects(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_run_name_is_made_safe(tmp_path):
+    make = lambda name: ppo.make_run_folder(ppo.Args(run_name=name))  # noqa: E731
+    assert make("a b/../c") == "runs/a-b-..-c"
+    assert make("日本語") == "runs/日本語"
+    assert make("...") == "runs/run"
+    with pytest.raises(ppo.InputError, match="runs/run"):
+        make("...")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"num_steps": 128.0}, {"num_envs": None}, {"seed": 1.5}, {"learning_rate": "1e-3"}, {"hidden_sizes": 64},
+     {"hidden_sizes": (64.0,)}, {"total_timesteps": float("inf")}, {"env_kwargs": None}],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused(flags):
+    (name,) = flags
+    with pytest.raises(ppo.InputError, match=f"--{name.replace('_', '-')} must be"):
+        ppo.train(ppo.Args(**flags))
+    assert not os.path.exists("runs")
+
+
+def test_defaults():
+    """Those of CleanRL's ppo.py, with scaling on."""
+    assert dataclasses.asdict(ppo.Args()) == {
+        "exp_name": "ppo", "run_name": None, "seed": 1, "torch_deterministic": True, "device": "auto",
+        "env_id": "CartPole-v1", "env_kwargs": {}, "num_envs": 4, "vectorization_mode": "sync",
+        "total_timesteps": 500_000, "learning_rate": 2.5e-4, "anneal_lr": True, "num_steps": 128,
+        "gamma": 0.99, "gae_lambda": 0.95, "num_minibatches": 4, "update_epochs": 4, "norm_adv": True,
+        "clip_coef": 0.2,
+        "anneal_clip": False, "clip_vloss": True, "dual_clip": None, "ent_coef": 0.01, "vf_coef": 0.5,
+        "max_grad_norm": 0.5, "target_kl": None, "recompute_advantages": False, "hidden_sizes": (64, 64),
+        "activation": "tanh", "log_std_init": 0.0, "norm_obs": True, "norm_reward": True,
+    }  # fmt: skip
+
+
+def test_torch_deterministic():
+    for flag in (True, False):
+        ppo.train(ppo.Args(total_timesteps=64, num_steps=16, torch_deterministic=flag))
+        assert ppo.torch.backends.cudnn.deterministic is flag
+
+
+@pytest.mark.parametrize("fault", ["death", "odd exception"])
+def test_async_workers_that_fail_do_not_hang_the_run(fault, tmp_path):
+    """One that is killed, and one whose exception cannot be passed on; neither leaves a process behind."""
+    kwargs = f'{{"fault": "{fault}"}}'
+    flags = ["--env-id", "probes:Faulty-v0", "--env-kwargs", kwargs, "--vectorization-mode", "async"]
+    result = run(tmp_path, *flags)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "end: 0 steps" in result.stdout
+    commands = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(fault in command and str(PPO) in command for command in commands)
+
+
 FAULTS = {
-    "obs": ["obs[0] of environment 0 is nan"],
+    "action": ["action of environment 0 is [nan]"],
+    "obs": ["obs of environment 0 is [nan]"],
     "reward": ["reward of environment 0 is inf"],
-    "exception after nan": ["obs[0] of environment 0 is nan", "the motor is on fire"],
+    "exception after nan": ["obs of environment 0 is [nan]", "the motor is on fire"],
 }
 
 
@@ -254,6 +320,9 @@ def test_nonfinite_values_stop_the_run(fault, mode, monkeypatch, capsys):
         mode,
     ]
     monkeypatch.setattr(sys, "argv", argv)
+    if fault == "action":
+        act = ppo.Agent.act
+        monkeypatch.setattr(ppo.Agent, "act", lambda self, obs: act(self, obs) * float("nan"))
     with pytest.raises(SystemExit) as exit:
         ppo.main()
     assert exit.value.code == 1

@@ -16,14 +16,14 @@ FLAGS = {"num_envs": 3, "num_steps": 16, "norm_obs": False, "norm_reward": False
 
 @pytest.fixture
 def valuings(monkeypatch):
-    """(agent as it was, obs, action) of every call of value_rollout while the test trains."""
-    calls, original = [], ppo.value_rollout
+    """(agent as it was, obs, action) of every call of logprob_and_value while the test trains."""
+    calls, original = [], ppo.logprob_and_value
 
-    def value_rollout(agent, obs, action):
+    def logprob_and_value(agent, obs, action):
         calls.append((copy.deepcopy(agent), obs.clone(), action.clone()))
         return original(agent, obs, action)
 
-    monkeypatch.setattr(ppo, "value_rollout", value_rollout)
+    monkeypatch.setattr(ppo, "logprob_and_value", logprob_and_value)
     return calls
 
 
@@ -187,6 +187,36 @@ def test_smallest_minibatches_have_two_rows_and_stay_finite(updates):
     agent = ppo.train(args)
     assert min(len(minibatch.obs) for minibatch, _, _ in updates) == 2
     assert all(x.isfinite().all() for x in agent.state_dict().values())
+
+
+def test_values_come_in_chunks_of_the_whole():
+    """5,001 x 2 rows are three chunks of 4,096; the same by one pass over all of them."""
+    torch.manual_seed(0)
+    space = ppo.spaces.Box(-1, 1, (2,))
+    agent = ppo.Agent(space, ppo.spaces.Discrete(3), ppo.Args(norm_obs=False))
+    obs, action = torch.randn(5002, 2, 2), torch.randint(3, (5001, 2))
+    logprob, value = ppo.logprob_and_value(agent, obs, action)
+    with torch.no_grad():
+        dist, expected_value = agent(obs.flatten(0, 1))
+        expected_logprob = dist.base_dist.logits.gather(1, torch.cat([action, action[:1]]).view(-1, 1)).view(
+            5002, 2
+        )[:-1]
+    torch.testing.assert_close(value, expected_value.view(5002, 2))
+    torch.testing.assert_close(logprob, expected_logprob)
+
+
+@pytest.mark.parametrize("norm_reward", [False, True])
+def test_recomputed_advantages_are_of_the_same_rewards(norm_reward, monkeypatch):
+    rewards, original = [], ppo.gae
+    monkeypatch.setattr(ppo, "gae", lambda *args: rewards.append(args[0].clone()) or original(*args))
+    flags = {**FLAGS, "norm_reward": norm_reward}
+    ppo.train(
+        ppo.Args(
+            env_id="Counting-v0", total_timesteps=48, update_epochs=3, recompute_advantages=True, **flags
+        )
+    )
+    assert len(rewards) == 3
+    assert all(torch.equal(reward, rewards[0]) for reward in rewards)
 
 
 def test_recomputed_advantages(updates):

@@ -1,10 +1,12 @@
 """Reproducibility: the same seed is the same run, and nothing else is."""
 
 import hashlib
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import probes
 import pytest
 import torch
@@ -48,6 +50,16 @@ def test_an_earlier_run_in_the_process_changes_nothing():
         return hashlib.sha256(b"".join(x.numpy().tobytes() for x in state.values())).hexdigest()
 
     assert weights() == weights()
+
+
+def test_the_global_generators_are_seeded():
+    draws = []
+    for seed in (1, 1, 2):
+        ppo.train(ppo.Args(seed=seed, total_timesteps=64, num_steps=16))
+        draws.append((random.random(), np.random.random()))  # noqa: NPY002
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[2][0]
+    assert draws[0][1] != draws[2][1]
 
 
 def test_environments_have_seeds_of_their_own():

@@ -1,8 +1,11 @@
 """Running statistics, reward scaling, and returns that stay raw."""
 
+import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
+import probes
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,13 +100,33 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(monkeypat
 
 
 def test_the_discounted_return_runs_on_into_the_next_rollout():
-    """With rollouts of 8 rows an episode of 10 steps spans two of them; 44 rows are four episodes."""
-    args = ppo.Args(env_id="Forever-v0", num_envs=2, num_steps=11 * 4 // 4, total_timesteps=2 * 44, gamma=0.9)
+    """Of 11 rows, an episode of 10 steps and its reset each, or of 4, which cut every episode."""
+    args = ppo.Args(env_id="Forever-v0", num_envs=2, num_steps=11, total_timesteps=2 * 44, gamma=0.9)
     whole = ppo.train(args).return_stats
     args.num_steps, args.num_minibatches = 4, 2
     parts = ppo.train(args).return_stats
     assert parts.count == whole.count == 80
     torch.testing.assert_close(parts.std, whole.std)
+
+
+def test_the_discounted_return_starts_again_after_every_kind_of_end():
+    """Counting's ends are of every kind, and 16 rows are its episodes 0 to 3 and two steps of 4."""
+    args = ppo.Args(env_id="Counting-v0", num_envs=2, num_steps=16, total_timesteps=32, gamma=0.9)
+    stats, sums = ppo.train(args).return_stats, []
+    for episode, length in [(0, 3), (1, 1), (2, 4), (3, 2), (4, 2)]:
+        total = 0.0
+        for t in range(1, length + 1):
+            total = 0.9 * total + probes.Counting.reward(episode, t)
+            sums.append(total)
+    assert stats.count == 2 * len(sums)
+    assert stats.mean.item() == pytest.approx(np.mean(sums), rel=1e-5)
+    assert stats.std.item() == pytest.approx(np.std(sums), rel=1e-5)
+
+
+def test_statistics_are_saved_with_the_weights():
+    agent = ppo.Agent(ppo.spaces.Box(-1, 1, (3,)), ppo.spaces.Discrete(2), ppo.Args())
+    names = {f"{stats}.{x}" for stats in ("obs_stats", "return_stats") for x in ("mean", "std", "count")}
+    assert names < set(agent.state_dict())
 
 
 def test_scaling_can_be_off(updates):
@@ -134,6 +157,8 @@ def test_tensorboard():
         "learning_rate SPS episodes episodic_length episodic_return episodic_return_min episodic_return_max"
     )
     assert set(tags) == {f"losses/{x}" for x in losses.split()} | {f"charts/{x}" for x in charts.split()}
+    assert [rate for _, rate in tags["charts/learning_rate"]] == pytest.approx([2.5e-4, 1.25e-4])
+    assert all(norm > 0 for _, norm in tags["losses/grad_norm"])
     text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "|gae_lambda|0.95|" in text
 
@@ -160,6 +185,16 @@ def test_losses_are_averaged_over_all_minibatches(updates):
             assert tags[f"losses/{name}"][iteration][1] == pytest.approx(mean, rel=1e-4, abs=1e-7)
 
 
+def test_explained_variance(monkeypatch):
+    """1 less the variance of what the value function misses, over the variance of the returns."""
+    calls, original = [], ppo.gae
+    monkeypatch.setattr(ppo, "gae", lambda *args: calls.append((args, original(*args))) or calls[-1][1])
+    ppo.train(ppo.Args(run_name="a", env_id="Forever-v0", num_envs=2, num_steps=10, total_timesteps=20))
+    (((_, value, *_), (_, ret)),) = calls
+    expected = 1 - np.var((ret - value[:-1]).numpy(), ddof=1) / np.var(ret.numpy(), ddof=1)
+    assert scalars("a")[0]["losses/explained_variance"] == [(20, pytest.approx(expected, rel=1e-4))]
+
+
 def test_console_in_a_file(capsys):
     """At most about forty lines, whatever the length; the last ones sum up."""
     ppo.train(
@@ -171,3 +206,28 @@ def test_console_in_a_file(capsys):
     assert any("6,400 steps (100%)" in line and "steps/s" in line and "left" in line for line in lines)
     end = r"end: 6,400 steps \(100%\) in \S+, \S+ steps/s, return (\S+), length \1 over the last 100 episodes"
     assert re.fullmatch(end, lines[-2])
+
+
+def test_console_tells_returns_from_lengths_and_the_time_left(capsys, monkeypatch):
+    """Ten iterations of a second by the clock, of four episodes of two steps in each of two environments."""
+    ticks = itertools.count()
+    monkeypatch.setattr(ppo, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=lambda: 0))
+    ppo.train(ppo.Args(env_id="Delay-v0", num_envs=2, num_steps=12, total_timesteps=240, num_minibatches=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert "48 steps (20%), 0:00:08 left, 24 steps/s, return 1.0, length 2.0" in lines
+    assert (
+        "end: 240 steps (100%) in 0:00:10, 24 steps/s, return 1.0, length 2.0 over the last 80 episodes"
+        in lines
+    )
+
+
+def test_speed_leaves_the_first_reset_out(monkeypatch):
+    """The clock starts after the environments are reset, which may take long."""
+    order = []
+    reset, init = ppo.gym.vector.SyncVectorEnv.reset, ppo.Logger.__init__
+    monkeypatch.setattr(
+        ppo.gym.vector.SyncVectorEnv, "reset", lambda *a, **k: (order.append("reset"), reset(*a, **k))[1]
+    )
+    monkeypatch.setattr(ppo.Logger, "__init__", lambda *a: (order.append("clock"), init(*a))[1])
+    ppo.train(ppo.Args(total_timesteps=64, num_steps=16))
+    assert order == ["reset", "clock"]

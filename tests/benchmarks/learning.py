@@ -36,7 +36,7 @@ class Recorder(gym.vector.VectorWrapper):
     def step(self, actions):
         *transition, info = super().step(actions)
         self.step_count += self.num_envs
-        for value in info["statistics"]["r"][info["_statistics"]] if "_statistics" in info else ():
+        for value in info["raw_episode"]["r"][info["_raw_episode"]] if "_raw_episode" in info else ():
             self.episodes.append((self.step_count, value))
         return *transition, info
 
