@@ -92,9 +92,7 @@ class Args:
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     max_grad_norm: float | None = 0.5  # clip the gradient to this global 2-norm (None: off)
     target_kl: float | None = None  # end the update before a step whose approximate KL exceeds it (None: off)
-    recompute_advantages: bool = (
-        False  # compute values and advantages before every epoch (off: the first only)
-    )
+    recompute_advantages: bool = False  # value the rollout before every epoch (off: before the first only)
 
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, in policy and value function alike
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
@@ -156,9 +154,8 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
         envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **args.env_kwargs)
     except Exception as error:
         # With arguments given, any exception may be the environment's way of refusing them.
-        if not args.env_kwargs and not isinstance(
-            error, gym.error.Error | ImportError | TypeError | ValueError
-        ):
+        refusals = gym.error.Error | ImportError | TypeError | ValueError
+        if not (args.env_kwargs or isinstance(error, refusals)):
             raise
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (name := (error.__cause__ or error).name):
@@ -231,8 +228,7 @@ class Agent(nn.Module):
     Takes the single spaces of `make_envs`. `dist, value = agent(obs)` maps raw observations (B, *obs) to an
     action distribution, whose log_prob and entropy are (B,), and values (B,), in units of scaled rewards.
     Actions (B, *action_shape) are indices from 0 or unbounded reals, as sampled and as stored; `to_env`
-    converts them to the action space.
-    Raises InputError for an action space that is not supported.
+    converts them to the action space. Raises InputError for an action space that is not supported.
     """
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
@@ -461,20 +457,17 @@ def train(args: Args) -> Agent:
                 agent.return_stats.update(data.discounted[data.valid])
                 reward = agent.return_stats.scale(reward)
             logprob, value = logprob_and_value(agent, data.obs, data.action)
-            advantage, ret = gae(reward, value, data.terminated, data.done, args.gamma, args.gae_lambda)
-            explained = 1 - advantage[data.valid].var() / ret[data.valid].var()
+            gae_args = (data.terminated, data.done, args.gamma, args.gae_lambda)
+            advantage, ret = gae(reward, value, *gae_args)
+            unexplained = advantage[data.valid].var() / ret[data.valid].var()  # the advantage is ret - value
 
             # Update: K passes over the valid rows, each in minibatches that are shuffled anew [37] #6.
             infos, stop = [], False
-            rows = (
-                data.valid.flatten().nonzero().squeeze(1)
-            )  # indices (number of valid rows,) into T * N rows
+            rows = data.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,), of T * N
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
                     _, value = logprob_and_value(agent, data.obs, data.action)
-                    advantage, ret = gae(
-                        reward, value, data.terminated, data.done, args.gamma, args.gae_lambda
-                    )
+                    advantage, ret = gae(reward, value, *gae_args)
                 order = rows[torch.randperm(len(rows), device=device)]
                 columns = (data.obs[:-1], data.action, logprob, value[:-1], advantage, ret)
                 shuffled = [x.flatten(0, 1)[order] for x in columns]  # indexed once an epoch, then only split
@@ -501,8 +494,8 @@ def train(args: Args) -> Agent:
                 agent.obs_stats.update(data.obs[:-1][data.valid])
 
             scalars = {f"losses/{name}": mean for name, mean in average(infos).items()} | agent.scalars()
-            scalars |= {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
-            log.iteration(iteration, scalars)
+            scalars["losses/explained_variance"] = 1 - unexplained.item()
+            log.iteration(iteration, scalars | {"charts/learning_rate": learning_rate})
     return agent
 
 
@@ -522,11 +515,10 @@ def set_up(args: Args) -> tuple[torch.device, int]:
         device = torch.device("cpu" if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
     except Exception as error:
-        raise InputError(
-            f"--device {args.device} cannot be used: {textwrap.shorten(str(error), 90)}"
-        ) from error
+        reason = textwrap.shorten(str(error), 90)
+        raise InputError(f"--device {args.device} cannot be used: {reason}") from error
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # for layers as small as these, more threads are slower
+        torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     env_seed, seed = map(int, np.random.SeedSequence(args.seed).generate_state(2))
     random.seed(seed)
@@ -590,9 +582,7 @@ def make_run_folder(args: Args) -> str:
             return path
         except OSError as error:
             if args.run_name or not isinstance(error, FileExistsError):
-                raise InputError(
-                    f"Cannot create {path}: {error.strerror}. Try another --run-name."
-                ) from error
+                raise InputError(f"Cannot create {path}: {error.strerror}; set --run-name.") from error
         time.sleep(1)  # another run has started in this second
 
 
