@@ -1,7 +1,6 @@
 """Environments whose right answers are known, registered on import: `--env-id probes:Name-v0`."""
 
 import os
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -217,14 +216,6 @@ class Faulty(Probe):
         return obs, reward, False, self.steps % 20 == 0, {}
 
 
-class Slow(Constant):
-    """Takes a millisecond a step."""
-
-    def step(self, action):
-        time.sleep(0.001)
-        return super().step(action)
-
-
 class SameStep(gym.vector.VectorEnv):
     """A vector environment with the wrong autoreset mode."""
 
@@ -246,7 +237,6 @@ for name, entry_point, limit in [
     ("Counting", Counting, None),
     ("Spaces", Spaces, None),
     ("Faulty", Faulty, None),
-    ("Slow", Slow, None),
 ]:
     gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)
 gym.register("SameStep-v0", Constant, vector_entry_point=SameStep)

@@ -133,3 +133,20 @@ def test_dual_clip_is_used(updates):
     flags = {"total_timesteps": 512 * 2, "learning_rate": 1e-2}
     a, b = ppo.train(ppo.Args(**flags)), ppo.train(ppo.Args(dual_clip=1.0001, **flags))
     assert not torch.equal(a.actor[0].weight, b.actor[0].weight)
+
+
+@pytest.mark.parametrize(("target_kl", "reads"), [(None, 0), (100.0, 16)])
+def test_the_kl_is_read_only_where_there_is_a_target(target_kl, reads, monkeypatch):
+    """Reading a tensor waits for the device; without a target no minibatch does it."""
+    calls, loss, item = [], ppo.ppo_loss, torch.Tensor.item
+
+    def ppo_loss(*args):
+        loss_, info = loss(*args)
+        kls.append(info["approx_kl"])
+        return loss_, info
+
+    kls = []
+    monkeypatch.setattr(ppo, "ppo_loss", ppo_loss)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: calls.append(any(x is kl for kl in kls)) or item(x))
+    ppo.train(ppo.Args(total_timesteps=512, target_kl=target_kl))
+    assert sum(calls) == reads
