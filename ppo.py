@@ -2,46 +2,40 @@
 """Proximal Policy Optimization (PPO) in one file, for Gymnasium environments with vector observations.
 
     python ppo.py --env-id CartPole-v1                                     # half a million steps, a minute
-    python ppo.py --env-id Pendulum-v1                                     # continuous actions
     python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'  # an environment of your own
-    python ppo.py --help                                                   # every flag in a sentence
-    tensorboard --logdir runs
-
-Sections: 1 arguments, 2 environments, 3 agent, 4 algorithm, 5 training loop, 6 plumbing, 7 main.
+    python ppo.py --resume runs/name                                       # go on with a run that was stopped
 
 Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch, D dimensions
 of a Box action, C choices of a MultiDiscrete one. *obs in a shape is the shape of one observation.
-
-Ends of episodes follow Gymnasium's NEXT_STEP autoreset: the step after an episode's last one ignores the
-action and returns the next episode's first observation, with reward 0. So obs[t + 1] is always where row t
-led, even if its episode ended there, and V(obs[t + 1]) is its bootstrap. The row after an end, in which the
-environment was only reset, is not `valid` and never used for training.
+Episodes end as in Gymnasium's NEXT_STEP autoreset: the step after an episode's last ignores the action and
+returns the next episode's first observation, with reward 0. So obs[t + 1] is always where row t led, and
+V(obs[t + 1]) its bootstrap; the row after an end only resets, is not `valid`, and is never trained on.
 
 [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
 [Dual] Ye et al. 2020, Mastering Complex Control in MOBA Games with Deep RL, arXiv:1912.09729
 [KL]   Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html
-[37]   Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track, numbered through: core 1-13,
-       Atari 14-22, continuous actions 23-31, LSTM 32-36, MultiDiscrete 37
+[37]   Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track, numbered in its order
 """
 
+import errno
+import io
 import itertools
 import json
 import math
 import os
 import random
-import re
-import shutil
+import signal
 import sys
-import textwrap
+import threading
 import time
-import warnings
-from collections import deque
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from operator import index
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
@@ -49,13 +43,12 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
+from gymnasium.wrappers.vector import FlattenObservation, RecordEpisodeStatistics, RecordVideo
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 
 # --- 1. Arguments ------------------------------------------------------------------------------------------
-
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
@@ -68,14 +61,13 @@ class Args:
     seed: int = 1  # seed of the networks, the sampled actions, the minibatches and the environments
     torch_deterministic: bool = True  # on CUDA, use only deterministic kernels of cuDNN (off: any)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...; auto is the CPU, faster for small networks
-
     env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # the environment's arguments, as '{"size": 5}'
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: all in this process; async: a process for each; vector_entry_point: the environment's own
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
 
-    total_timesteps: int = 500_000  # steps of all environments together, rounded up to whole rollouts
+    total_timesteps: int = 500_000  # steps of all environments together, in whole rollouts; annealed to here
     learning_rate: float = 2.5e-4  # alpha, the step size of Adam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run (off: constant)
     num_steps: int = 128  # T, steps of each environment in a rollout
@@ -93,12 +85,18 @@ class Args:
     max_grad_norm: float | None = 0.5  # clip the gradient to this global 2-norm (None: off)
     target_kl: float | None = None  # end the update before a step whose approximate KL exceeds it (None: off)
     recompute_advantages: bool = False  # value the rollout before every epoch (off: before the first only)
-
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, in policy and value function alike
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
     norm_obs: bool = True  # scale observations by running mean and deviation, clip to +-10 (off: raw)
     norm_reward: bool = True  # divide rewards by the return's running deviation, clip to +-10 (off: raw)
+    resume: str | None = None  # run folder to go on in; bitwise, unless total, interval or device change
+    # iterations between checkpoints, where all episodes are cut (0: at the end only; None: >= 10,000 steps)
+    checkpoint_interval: int | None = None
+    evaluate: str | None = None  # folder of a run, or a .pt file of one, to evaluate without training
+    eval_episodes: int = 10  # episodes of the evaluation, which also follows a training (0: none)
+    eval_stochastic: bool = False  # sample the actions of the evaluation (off: take the likeliest)
+    capture_video: bool = False  # film the evaluation, into videos/ of the run, 2,000 frames of an episode
 
     @property
     def num_iterations(self) -> int:
@@ -110,71 +108,78 @@ class InputError(ValueError):
 
 
 RANGES = {  # valid values; every comparison with nan is False, so nan is refused everywhere
+    "seed eval_episodes": ("a whole number from 0", lambda x: index(x) >= 0),
+    "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
     "num_envs num_steps num_minibatches update_epochs": ("a whole number from 1", lambda x: index(x) >= 1),
     "total_timesteps": ("a whole number from 1", lambda x: index(x) >= 1),
     "hidden_sizes": ("whole numbers from 1", lambda x: all(index(units) >= 1 for units in x)),
-    "seed": ("a whole number from 0", lambda x: index(x) >= 0),
+    "checkpoint_interval": ("a whole number from 0, or None", lambda x: x is None or index(x) >= 0),
     "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
     "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "clip_coef": ("finite and above 0", lambda x: 0 < x < math.inf),
     "max_grad_norm target_kl": ("finite and above 0, or None", lambda x: x is None or 0 < x < math.inf),
     "dual_clip": ("finite and above 1, or None", lambda x: x is None or 1 < x < math.inf),
     "log_std_init": ("from -20 to 2", lambda x: -20 <= x <= 2),
-    "activation": ("tanh or relu", lambda x: x in ACTIVATIONS),
+    "activation": ("tanh or relu", lambda x: x in ("tanh", "relu")),
     "env_kwargs": ("a JSON object, such as '{\"size\": 5}'", lambda x: isinstance(x, dict)),
 }
+CHANGEABLE = "total_timesteps checkpoint_interval device eval_episodes eval_stochastic capture_video"  # later
 
 
 def check(args: Args) -> None:
-    """Raise InputError for a flag out of its range, or a rollout that is too small for its minibatches."""
+    """Raise InputError for what cannot be done, before anything is written."""
     for names, (requirement, holds) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            with suppress(TypeError):  # as raised for a value of another kind
+            with suppress(Exception):  # as raised for a value of another kind
                 if holds(value):
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
-        raise InputError(
-            f"{args.num_envs} x {args.num_steps} rows, half of which may be resets, are too few for "
-            f"{args.num_minibatches} minibatches of two rows or more: raise --num-steps or --num-envs."
-        )
+        raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
+    if args.evaluate and (args.resume or not args.eval_episodes):
+        raise InputError("--evaluate needs --eval-episodes, and cannot be given with --resume.")
+    if path := args.resume or args.evaluate:
+        old, new = vars(load(path)["args"]), vars(replace(args, resume=None, evaluate=None))
+        flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE.split() and new[x] != old[x]]
+        if flags:
+            raise InputError(f"{', '.join(flags)} cannot be given: {path} was started with other values.")
+    if args.capture_video:  # a missing renderer shows now, not after the training
+        with TemporaryDirectory() as tmp, closing(make_envs(replace(args, num_envs=1), f"{tmp}/a")) as envs:
+            envs.reset()
 
 
 # --- 2. Environments ---------------------------------------------------------------------------------------
-
-
-def make_envs(args: Args) -> gym.vector.VectorEnv:
+def make_envs(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
     """Make the vector environment of a run, with observations flattened to vectors where necessary.
 
-    A step's info has the raw return "r" and length "l" of the episodes that ended in it under "raw_episode",
-    and in which environments these were under "_raw_episode". Raises InputError if it cannot be made.
+    The raw returns and lengths of its last episodes are in `return_queue` and `length_queue`. With video, a
+    path that the names of files begin with, episodes are filmed. Raises InputError if it cannot be made.
     """
+    kwargs = args.env_kwargs | ({"render_mode": "rgb_array"} if video else {})
     try:
-        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **args.env_kwargs)
-    except Exception as error:
-        # With arguments given, any exception may be the environment's way of refusing them.
-        refusals = gym.error.Error | ImportError | TypeError | ValueError
-        if not (args.env_kwargs or isinstance(error, refusals)):
-            raise
-        hint = ""
-        if isinstance(error, ModuleNotFoundError) and (name := (error.__cause__ or error).name):
-            hint = f" Try `pip install {name.split('.')[0]}`."
-        elif isinstance(error, gym.error.NamespaceNotFound) and args.env_id.startswith("ALE/"):
-            hint = f" Try `pip install ale-py` and --env-id ale_py:{args.env_id}."
+        if args.env_id.startswith("ALE/"):
+            __import__("ale_py")  # registers them
+        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
+        if video:
+            folder, prefix = os.path.split(video)
+            options = {"episode_trigger": lambda _: True, "video_length": 2000, "name_prefix": prefix}
+            envs = RecordVideo(envs, folder, **options)
+    except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        hint = f"; try `pip install {cause.name.split('.')[0]}`" if getattr(cause, "name", None) else ""
         raise InputError(f"Cannot make {args.env_id}: {type(error).__name__}: {error}{hint}") from error
     mode, space = envs.metadata.get("autoreset_mode"), envs.single_observation_space
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
         raise InputError(f"{args.env_id} has autoreset mode {mode}, but only NEXT_STEP is supported.")
-    if not is_flattenable(space):
-        supported = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
-        raise InputError(f"Observation space {space} is not supported; these are: {supported}.")
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
-        warnings.warn(f"images {space.shape} are flattened: there is no convolutional network", stacklevel=2)
-    # The usual key, "episode", may be taken by the environment's own records.
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="raw_episode")
-    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
-    return envs if is_vector else gym.wrappers.vector.FlattenObservation(envs)
+        gym.logger.warn(f"images {space.shape} are flattened: there is no convolutional network")
+    if not is_flattenable(space):
+        raise InputError(f"Observation space {space} is not supported, or a part of it is not.")
+    if not (isinstance(space, spaces.Box) and len(space.shape) == 1):
+        envs = FlattenObservation(envs)
+    # As many as can end in an iteration. The usual key, "episode", the environment may use for its own.
+    return RecordEpisodeStatistics(envs, max(100, args.num_envs * args.num_steps), stats_key="raw_episode")
 
 
 def is_flattenable(space: spaces.Space) -> bool:
@@ -185,8 +190,6 @@ def is_flattenable(space: spaces.Space) -> bool:
 
 
 # --- 3. Agent ----------------------------------------------------------------------------------------------
-
-
 class RunningStats(nn.Module):
     """Mean and standard deviation of all rows given to `update`, by component; 0 and 1 before the first."""
 
@@ -213,13 +216,11 @@ class RunningStats(nn.Module):
 
 def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequential:
     """A multilayer perceptron; orthogonal weights, by sqrt 2 inside and `gain` at the output [37] #2."""
-    layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [activation(), nn.Linear(inputs, outputs)]
-        nn.init.orthogonal_(layers[-1].weight, math.sqrt(2))
-        nn.init.zeros_(layers[-1].bias)
-    nn.init.orthogonal_(layers[-1].weight, gain)
-    return nn.Sequential(*layers[1:])
+    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*[module for layer in layers for module in (layer, activation())][:-1])
 
 
 class Agent(nn.Module):
@@ -255,12 +256,12 @@ class Agent(nn.Module):
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = (high - low) / 2, (high + low) / 2
         else:
-            supported = "Discrete, MultiDiscrete, MultiBinary and Box of floats"
-            raise InputError(f"Action space {action_space} is not supported; these are: {supported}.")
-        inputs, activation = math.prod(observation_space.shape), ACTIVATIONS[args.activation]
+            supported = "Discrete, MultiDiscrete, MultiBinary or Box of floats"
+            raise InputError(f"Action space {action_space} is not supported, as it is not {supported}.")
+        inputs = math.prod(observation_space.shape)
+        activation = nn.Tanh if args.activation == "tanh" else nn.ReLU
         self.actor = mlp([inputs, *args.hidden_sizes, num_outputs], activation, gain=0.01)
         self.critic = mlp([inputs, *args.hidden_sizes, 1], activation, gain=1.0)
-        # Buffers, and so saved with the weights; only `train` updates them.
         self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
         self.return_stats = RunningStats(()) if args.norm_reward else None
 
@@ -280,22 +281,19 @@ class Agent(nn.Module):
             dist = Normal(output, self.log_std.exp(), validate_args=False)  # [37] #23
         else:
             dist = Categorical(logits=output, validate_args=False)
-        # The dimensions of a Box and the choices of a MultiDiscrete are independent [37] #25, #37.
-        return Independent(dist, len(self.action_shape), validate_args=False), value
+        return Independent(dist, len(self.action_shape), validate_args=False), value  # [37] #25, #37
 
-    def act(self, obs: Tensor) -> Tensor:
-        """Sample actions (B, *action_shape) for raw observations (B, *obs), with the policy alone."""
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+        """Sample actions (B, *action_shape) for raw observations (B, *obs); greedy takes the likeliest."""
         output = self.output(self.normalize(obs))
         if self.log_std is not None:
-            return output + self.log_std.exp() * torch.randn_like(output)
-        # Gumbel-max: the argmax of logits + Gumbel noise is a sample; minus log of Exp(1) noise is Gumbel.
-        # For small batches it is several times faster than Categorical.sample().
-        return (output - torch.empty_like(output).exponential_().log()).argmax(-1)
+            return output if greedy else output + self.log_std.exp() * torch.randn_like(output)
+        # Gumbel-max, where -log of Exp(1) noise is Gumbel: several times faster than Categorical.sample().
+        return (output if greedy else output - torch.empty_like(output).exponential_().log()).argmax(-1)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """Convert sampled actions (B, *action_shape) to elements (B, *space.shape) of the action space."""
-        space = self.action_space
-        action = action.reshape(-1, *space.shape)
+        space, action = self.action_space, action.reshape(-1, *self.action_space.shape)
         if self.log_std is None:
             return (action + getattr(space, "start", 0)).astype(space.dtype, copy=False)
         return (action * self.scale + self.shift).astype(space.dtype).clip(space.low, space.high)  # [37] #27
@@ -306,8 +304,6 @@ class Agent(nn.Module):
 
 
 # --- 4. Algorithm ------------------------------------------------------------------------------------------
-
-
 class Rollout(NamedTuple):
     """T steps of N environments, in arrays that are filled anew in every iteration."""
 
@@ -338,9 +334,7 @@ def gae(
 
     A terminated row has no value to come; a truncated one has that of its own final observation; neither gets
     an advantage from the next episode. Rows that are not valid come out meaningless, and affect no others.
-
-    Takes reward, terminated and done (T, N) and value (T + 1, N). Returns the advantage and the return (the
-    TD(lambda) target of the value function), both (T, N).
+    Takes (T, N), but value (T + 1, N); returns the advantage and the return, the target of V, both (T, N).
     """
     delta = reward + gamma * value[1:] * ~terminated - value[:-1]  # [PPO] eq. 12
     decay = gamma * gae_lambda * (~done).to(delta.dtype)
@@ -351,10 +345,7 @@ def gae(
 
 
 def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: float) -> tuple[Tensor, dict]:
-    """The objective of PPO [PPO] eq. 9, negated: clipped surrogate, value loss and entropy bonus.
-
-    Returns the scalar loss, and detached scalars for logging.
-    """
+    """The scalar loss, which is the objective [PPO] eq. 9 negated, and detached scalars for logging."""
     dist, value = agent(minibatch.obs)
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 on the first minibatch of an iteration
@@ -372,7 +363,6 @@ def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: floa
         clipped = minibatch.value + (value - minibatch.value).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - minibatch.ret).square())
     value_loss = 0.5 * error.mean()
-
     entropy = dist.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     info = {
@@ -388,38 +378,32 @@ def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: floa
 
 @torch.no_grad()
 def logprob_and_value(agent: Agent, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    """Log pi(a|s) (T, N) and V(s) (T + 1, N), by obs (T + 1, N, *obs) and action (T, N, *action_shape).
-
-    One batched pass after the rollout is cheaper than doing this while acting, and gives the same, as the
-    weights do not change during a rollout. Chunks bound its memory.
-    """
-    (T, N), logprobs, values = action.shape[:2], [], []
-    for o, a in zip(obs[:-1].flatten(0, 1).split(4096), action.flatten(0, 1).split(4096), strict=True):
-        dist, value = agent(o)
-        logprobs.append(dist.log_prob(a))
-        values.append(value)
-    values.append(agent(obs[-1])[1])
-    return torch.cat(logprobs).view(T, N), torch.cat(values).view(T + 1, N)
+    """Log pi(a|s) (T, N) and V(s) (T + 1, N) of obs (T + 1, N, *obs) and action, in chunks for the memory."""
+    action = torch.cat([action, action[-1:]])  # V is wanted of the last obs too, log pi is not
+    chunks = zip(obs.flatten(0, 1).split(4096), action.flatten(0, 1).split(4096), strict=True)
+    outputs = [(dist.log_prob(a), value) for o, a in chunks for dist, value in [agent(o)]]
+    logprob, value = (torch.cat(x).view(len(obs), -1) for x in zip(*outputs, strict=True))
+    return logprob[:-1], value
 
 
 # --- 5. Training loop --------------------------------------------------------------------------------------
-
-
 def train(args: Args) -> Agent:
-    """Train an agent, log to runs/<run>/, and return the agent.
+    """Train an agent, write to runs/<run>/, evaluate and return the agent.
 
-    Seeds random, numpy and torch, and sets cuDNN's determinism and (on the CPU) torch's number of threads, in
-    the whole process. Raises InputError, a ValueError, before anything is written if it cannot be done, and
-    NonFiniteError if an observation, action, reward, loss or gradient is nan or infinite.
+    Seeds all generators, and sets cuDNN's determinism and torch's threads. Raises InputError, a ValueError,
+    before anything is written, if it cannot be done, and FloatingPointError if a number is nan or infinite.
     """
     check(args)
-    device, env_seed = set_up(args)
+    device = torch.device("cpu" if args.device == "auto" else args.device)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # faster than more for layers as small as these
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    env_seed = reseed(args)
     T, N = args.num_steps, args.num_envs
     with ExitStack() as stack:
         envs = stack.enter_context(closing_envs(make_envs(args)))
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-        parameters = list(agent.parameters())
-        max_norm = math.inf if args.max_grad_norm is None else args.max_grad_norm
+        parameters, max_norm = list(agent.parameters()), args.max_grad_norm or math.inf
         optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37] #3
         rollout = Rollout(
             np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32),
@@ -427,28 +411,42 @@ def train(args: Args) -> Agent:
             *np.zeros((2, T, N), np.float32),  # reward, discounted
             *np.zeros((3, T, N), bool),  # terminated, done, valid
         )
-        rollout.obs[T], _ = envs.reset(seed=env_seed)
-        discounted, done = np.zeros(N), np.zeros(N, bool)  # of the row before
-        log = stack.enter_context(closing(Logger(args, envs, agent, device)))
+        first = load(args.resume, agent=agent, optimizer=optimizer)["iteration"] if args.resume else 0
+        if first >= args.num_iterations:
+            print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
+            return agent
+        envs.reset(seed=env_seed)  # what fails here fails before anything is written
+        run = stack.enter_context(closing(Run(args, envs, agent, optimizer)))
+        default = max(args.num_iterations // 100, math.ceil(10_000 / T))  # episodes are cut at intervals
+        interval = default if args.checkpoint_interval is None else args.checkpoint_interval
+        for iteration in range(first, args.num_iterations):
+            # A resumed run begins here, and an unbroken one begins anew, so that both go on alike: the states
+            # of environments and generators need no saving. Running episodes are cut, not marked as ended.
+            if iteration == first or (interval and iteration % interval == 0):
+                if interval:
+                    run.save(iteration)
+                rollout.obs[T], _ = envs.reset(seed=reseed(args, iteration))
+                discounted, done = np.zeros(N), np.zeros(N, bool)  # of the row before
 
-        for iteration in range(args.num_iterations):
             # Anneal linearly: 1 in the first iteration, 1 / num_iterations in the last [37] #4.
             remaining = 1 - iteration / args.num_iterations
             clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
-            learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+            learning_rate = float(args.learning_rate) * (remaining if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Rollout: act for T steps, from where the last rollout ended [37] #1.
             rollout.obs[0] = rollout.obs[T]
-            with torch.inference_mode(), stop_at_nonfinite(rollout):
-                for t in range(T):
-                    action = agent.act(torch.from_numpy(rollout.obs[t]).to(device)).cpu().numpy()
-                    rollout.action[t], rollout.valid[t] = action, ~done
-                    obs, reward, terminated, truncated, info = envs.step(agent.to_env(action))
-                    rollout.obs[t + 1], rollout.reward[t], rollout.terminated[t] = obs, reward, terminated
-                    rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
-                    rollout.done[t] = done = terminated | truncated
-                    log.count_episodes(info)
+            try:
+                with torch.inference_mode():
+                    for t in range(T):
+                        action = agent.act(torch.from_numpy(rollout.obs[t]).to(device)).cpu().numpy()
+                        rollout.action[t], rollout.valid[t] = action, ~done
+                        obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
+                        rollout.obs[t + 1], rollout.reward[t], rollout.terminated[t] = obs, reward, terminated
+                        rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
+                        rollout.done[t] = done = terminated | truncated
+            finally:
+                check_finite({"obs": rollout.obs, "action": rollout.action, "reward": rollout.reward})
             data = Rollout(*(torch.from_numpy(x).to(device) for x in rollout))
 
             # Advantages (T, N), from rewards divided by the running deviation of the return [37] #30-31.
@@ -493,38 +491,26 @@ def train(args: Args) -> Agent:
             if agent.obs_stats is not None:
                 agent.obs_stats.update(data.obs[:-1][data.valid])
 
-            scalars = {f"losses/{name}": mean for name, mean in average(infos).items()} | agent.scalars()
+            names = infos[0] if infos else ()  # it is empty if the KL stop came before the first step
+            losses = {name: torch.stack([info[name] for info in infos]).cpu().numpy() for name in names}
+            check_finite(losses)
+            scalars = {f"losses/{name}": x.mean() for name, x in losses.items()} | agent.scalars()
             scalars["losses/explained_variance"] = 1 - unexplained.item()
-            log.iteration(iteration, scalars | {"charts/learning_rate": learning_rate})
+            run.log(iteration, scalars | {"charts/learning_rate": learning_rate})
+        run.save(args.num_iterations)
+    if args.eval_episodes:
+        evaluate(run.path, args)
     return agent
 
 
 # --- 6. Plumbing: nothing below is PPO ---------------------------------------------------------------------
-
-
-class NonFiniteError(ArithmeticError):
-    """Training stopped at a nan or an infinity, which would have spread to all weights."""
-
-
-def set_up(args: Args) -> tuple[torch.device, int]:
-    """Set up device, threads and seeds of the process; return the device and the first environment's seed.
-
-    The other environments' seeds count up from it and stay below 2**31, the most that native ones accept.
-    """
-    try:
-        device = torch.device("cpu" if args.device == "auto" else args.device)
-        torch.zeros(1, device=device).item()
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 90)
-        raise InputError(f"--device {args.device} cannot be used: {reason}") from error
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # faster than more for layers as small as these
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    env_seed, seed = map(int, np.random.SeedSequence(args.seed).generate_state(2))
+def reseed(args: Args, *key: int) -> int:
+    """Seed all generators by args.seed and key; return the first environment's seed, to count up from."""
+    env_seed, seed = map(int, np.random.SeedSequence(args.seed, spawn_key=key).generate_state(2))
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (some environments draw from the global generator)
     torch.manual_seed(seed)
-    return device, env_seed % (2**31 - args.num_envs)
+    return env_seed % 2**30  # native vector environments accept less than 2**31
 
 
 @contextmanager
@@ -534,129 +520,180 @@ def closing_envs(envs: gym.vector.VectorEnv) -> Iterator[gym.vector.VectorEnv]:
         yield envs
     except BaseException:
         for worker in getattr(envs.unwrapped, "processes", ()):
-            worker.terminate()
+            worker.kill()
             envs.unwrapped.closed = True  # or Gymnasium would wait for an answer
-        envs.close()
         raise
-    envs.close()
+    finally:
+        envs.close()
 
 
-@contextmanager
-def stop_at_nonfinite(rollout: Rollout) -> Iterator[None]:
-    """Raise NonFiniteError if the block leaves a nan or infinity in the rollout, even where it raises."""
-    failure, culprits = None, []
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    for i, name in enumerate(names := ("obs", "action", "reward")):  # the order in which they come about
-        bad_rows = np.argwhere(~np.isfinite(getattr(rollout, name)))[:, :2].tolist()
-        culprits += [(t, i, n) for t, n in bad_rows]
-    if culprits:
-        t, i, n = min(culprits)
-        culprit = f"{names[i]} of environment {n} is {getattr(rollout, names[i])[t, n]}"
-        raise NonFiniteError(culprit + f", upon which came {failure!r}" * bool(failure)) from failure
-    if failure:
-        raise failure
+def check_finite(columns: dict[str, np.ndarray]) -> None:
+    """Raise FloatingPointError for the first nan or infinity along axis 0, and say what is being raised."""
+    found = []
+    for order, (name, x) in enumerate(columns.items()):
+        for position in np.argwhere(~np.isfinite(x))[:1].tolist():
+            found.append((position[0], order, f"{name}{position} is {x[tuple(position)]}"))
+    if found:
+        failure = sys.exc_info()[1]
+        raise FloatingPointError(min(found)[-1] + f", upon which came {failure!r}" * bool(failure))
 
 
-def average(infos: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean of each scalar over the minibatches of an update; NonFiniteError names the first without one."""
-    if not infos:
-        return {}
-    names, table = list(infos[0]), torch.stack([torch.stack(list(info.values())) for info in infos])
-    culprits = (~table.isfinite()).nonzero().tolist()
-    if culprits:
-        minibatch, i = culprits[0]
-        raise NonFiniteError(f"{names[i]} is {table[minibatch, i]} in minibatch {minibatch} of an update")
-    return dict(zip(names, table.mean(0).tolist(), strict=True))
+class Run:
+    """The folder of a run, with its checkpoints and TensorBoard's log, and what the console shows."""
 
-
-def make_run_folder(args: Args) -> str:
-    """Create a new folder in runs/, named with letters, digits, `_`, `-` and `.` only; return its path."""
-    while True:
-        name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        path = os.path.join("runs", re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, optimizer: torch.optim.Adam):
+        self.args, self.agent, self.optimizer = replace(args, resume=None), agent, optimizer
+        self.batch_size = args.num_envs * args.num_steps
+        start = load(args.resume) if args.resume else {}
+        self.first_step, self.best = start.get("global_step", 0), start.get("best", -math.inf)
+        self.envs, self.queues, self.episode_count = envs, (envs.return_queue, envs.length_queue), 0
+        for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
+            queue.extend(recent)
+        made_up = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+        name = "".join(c if c.isalnum() or c in "_-." else "-" for c in args.run_name or made_up)
+        self.path = args.resume or os.path.join("runs", name.strip(".-") or "run")
         try:
-            os.makedirs(path)
-            return path
+            os.makedirs(self.path, exist_ok=bool(args.resume))
         except OSError as error:
-            if args.run_name or not isinstance(error, FileExistsError):
-                raise InputError(f"Cannot create {path}: {error.strerror}; set --run-name.") from error
-        time.sleep(1)  # another run has started in this second
-
-
-class Logger:
-    """Reports a run to TensorBoard and on the console."""
-
-    def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, device: torch.device):
-        self.args, self.path = args, make_run_folder(args)
-        self.writer = SummaryWriter(self.path)
+            raise InputError(f"Cannot create {self.path}: {error.strerror}; set --run-name.") from error
+        self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if args.resume else None)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags)
-        self.ended = []  # (return, length) of the episodes that ended in this iteration
-        self.recent = deque(maxlen=100)  # and of the last hundred
-        self.line = "0 steps"
-        print(f"run: {self.path}")
+        self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
+        print(f"run: {self.path}, from step {self.first_step:,}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
-        print(f"observations: {textwrap.shorten(str(envs.single_observation_space), 90)}")
-        print(f"actions: {textwrap.shorten(str(envs.single_action_space), 90)}")
-        print(f"agent: {sum(x.numel() for x in agent.parameters()):,} parameters on {device}", flush=True)
+        print(f"spaces: {envs.single_observation_space!s:.60} -> {envs.single_action_space!s:.40}")
+        size, device = sum(x.numel() for x in agent.parameters()), next(agent.parameters()).device
+        print(f"agent: {size:,} parameters on {device}", flush=True)
+        self.line, self.saved_step = f"{self.first_step:,} steps", None
         self.start = time.perf_counter()  # start-up does not count in the speed
 
-    def count_episodes(self, info: dict) -> None:
-        """Record the episodes that ended in a step."""
-        if "_raw_episode" in info:
-            ended, statistics = info["_raw_episode"], info["raw_episode"]
-            self.ended += zip(statistics["r"][ended].tolist(), statistics["l"][ended].tolist(), strict=True)
-
-    def iteration(self, iteration: int, scalars: dict[str, float]) -> None:
+    def log(self, iteration: int, scalars: dict[str, float]) -> None:
         """Log an iteration's scalars, episodes and speed, and show the progress."""
         count, total = iteration + 1, self.args.num_iterations
-        step = count * self.args.num_envs * self.args.num_steps
-        seconds = time.perf_counter() - self.start
-        scalars = scalars | {"charts/SPS": step / seconds}
-        if self.ended:
-            returns, lengths = np.array(self.ended).T
-            scalars |= {"charts/episodes": len(returns), "charts/episodic_length": lengths.mean()}
+        step, seconds = count * self.batch_size, time.perf_counter() - self.start
+        scalars["charts/SPS"] = speed = (step - self.first_step) / seconds
+        returns, lengths = (np.array(queue) for queue in self.queues)
+        if new := self.envs.episode_count - self.episode_count:
+            scalars |= {"charts/episodes": new, "charts/episodic_length": lengths[-new:].mean()}
             for suffix, statistic in ("", np.mean), ("_min", np.min), ("_max", np.max):
-                scalars["charts/episodic_return" + suffix] = statistic(returns)
-            self.recent += self.ended
-            self.ended = []
+                scalars["charts/episodic_return" + suffix] = statistic(returns[-new:])
+            self.episode_count += new
         for tag, value in scalars.items():
             if math.isfinite(value):  # explained variance is not, where all returns are the same
                 self.writer.add_scalar(tag, value, step)
-
-        # One line that updates itself on a terminal, 32 lines in a file.
-        elapsed, left = (timedelta(seconds=round(x)) for x in (seconds, seconds / count * (total - count)))
-        progress, speed = f"{step:,} steps ({count / total:.0%})", f", {step / seconds:,.0f} steps/s"
-        if self.recent:
-            speed += ", return {:.1f}, length {:.1f}".format(*np.mean(self.recent, axis=0))
-        self.line = f"{progress} in {elapsed}{speed}"
-        line = f"{progress}, {left} left{speed}"
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="", flush=True)
+        left = timedelta(seconds=round((total - count) * self.batch_size / speed))
+        self.line = f"{step:,} steps ({count / total:.0%}), {left} left, {speed:,.0f} steps/s"
+        if len(returns):
+            self.line += f", return {returns[-100:].mean():.1f}, length {lengths[-100:].mean():.1f}"
+        if sys.stdout.isatty():  # one line that updates itself; in a file, 32 lines
+            width = (os.get_terminal_size().columns or 80) - 1
+            print(f"\r{self.line:{width}.{width}}", end="", flush=True)
         elif count * 32 // total > iteration * 32 // total:
-            print(line, flush=True)
+            print(self.line, flush=True)
+
+    def save(self, iteration: int) -> None:
+        """Write checkpoint.pt, and before it best.pt if the last 100 episodes are the best so far."""
+        self.writer.flush()  # a resumed run logs only what comes after the checkpoint
+        recent = [np.array(queue)[-100:].tolist() for queue in self.queues]
+        mean, step = sum(recent[0]) / 100 if len(recent[0]) == 100 else -math.inf, iteration * self.batch_size
+        names = ["best.pt"] * (mean > self.best) + ["checkpoint.pt"]
+        self.best = max(mean, self.best)
+        args = json.dumps(asdict(self.args), default=lambda x: getattr(x, "item", x.__repr__)())
+        content = {"format": 1, "args": json.loads(args), "iteration": iteration, "global_step": step}
+        content |= {"recent": recent, "best": self.best}
+        content |= {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(content, buffer := io.BytesIO())
+        for path in (os.path.join(self.path, name) for name in names):
+            with open(path + ".tmp", "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)  # whenever the power fails, path is whole, the old or the new
+        self.saved_step = step
 
     def close(self) -> None:
-        """Say where the run ended, be it complete or not, and flush TensorBoard."""
-        over = f" over the last {len(self.recent)} episodes" if self.recent else ""
-        print(f"\nend: {self.line}{over}\ncurves: tensorboard --logdir {self.path}", flush=True)
+        """Say where the run has ended and how to go on from there, and flush TensorBoard."""
+        print(f"\nend: {self.line}, after {timedelta(seconds=round(time.perf_counter() - self.start))}")
+        if self.saved_step is not None:
+            way = "evaluate" if self.saved_step >= self.args.total_timesteps else "resume"
+            print(f"{way} from step {self.saved_step:,}: python ppo.py --{way} {self.path}", flush=True)
         self.writer.close()
 
 
-# --- 7. Main -----------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Train as the command line says. Exit code 2: bad input; 1: stopped at a nan or infinity."""
+def load(path: str, **parts: Agent | torch.optim.Optimizer) -> dict:
+    """Read the checkpoint at path, a run's folder or a .pt file; restore the parts agent and optimizer."""
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
-        train(tyro.cli(Args))
-    except (InputError, NonFiniteError, gym.error.DependencyNotInstalled) as error:
+        if zipfile.ZipFile(path).testzip():  # torch itself checks no checksums
+            raise ValueError("it is damaged")
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))  # executes nothing
+        if checkpoint["format"] != 1:
+            raise ValueError(f"its format is {checkpoint['format']}, not 1")
+        hidden_sizes = tuple(checkpoint["args"].pop("hidden_sizes"))  # a list in the file
+        checkpoint["args"] = Args(**checkpoint["args"], hidden_sizes=hidden_sizes)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0]  # its first sentence
+        raise InputError(f"Cannot use {path}: {type(error).__name__}: {reason}.") from error
+    return checkpoint
+
+
+def load_agent(path: str) -> Agent:
+    """The trained agent of a run's folder, or of a .pt file, on the CPU. Raises InputError, a ValueError."""
+    args = load(path)["args"]
+    with closing_envs(make_envs(replace(args, num_envs=1))) as envs:
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    load(path, agent=agent)
+    return agent
+
+
+def evaluate(path: str, args: Args) -> None:
+    """Run args.eval_episodes episodes of the agent saved at path, seeded; log and print their raw returns."""
+    check(args)
+    step, env_seed, returns = load(path)["global_step"], reseed(args), np.zeros(args.eval_episodes)
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    video = f"{folder}/videos/step-{step}" if args.capture_video else None
+    with closing_envs(make_envs(replace(args, num_envs=1), video)) as envs, torch.inference_mode():
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        load(path, agent=agent)
+        for episode in range(args.eval_episodes):
+            obs, _ = envs.reset(seed=env_seed + episode)
+            for _ in range(100_000):  # an agent may balance for ever
+                action = agent.act(torch.as_tensor(obs, dtype=torch.float32), not args.eval_stochastic)
+                obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action.numpy()))
+                returns[episode] += reward.item()
+                if terminated or truncated:
+                    break
+    with closing(SummaryWriter(folder)) as writer:
+        writer.add_scalar("eval/episodic_return", returns.mean(), step)
+    mean, std, low, high = returns.mean(), returns.std(), returns.min(), returns.max()
+    how = f"{len(returns)} episodes, {'stochastic' if args.eval_stochastic else 'greedy'}"
+    print(f"eval: mean {mean:.1f} std {std:.1f} min {low:.1f} max {high:.1f} ({how})", flush=True)
+
+
+# --- 7. Main -----------------------------------------------------------------------------------------------
+def main() -> None:
+    """Do what the command line says. Exit code 2: bad input; 1: the run cannot go on; 128 + n: signal n."""
+
+    def leave(signum: int, _frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # nothing disturbs the closing of files and environments
+        sys.exit(128 + signum)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, leave)
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread; its failures are raised here too
+    try:
+        args = tyro.cli(Args)
+        if path := args.resume or args.evaluate:
+            args = tyro.cli(Args, default=load(path)["args"])
+        evaluate(args.evaluate, args) if args.evaluate else train(args)
+    except (InputError, gym.error.DependencyNotInstalled, FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # not a full disk, but some fault of the environment
         print(f"ppo.py: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+        sys.exit(1 if isinstance(error, FloatingPointError | OSError) else 2)
 
 
 if __name__ == "__main__":

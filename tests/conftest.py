@@ -1,5 +1,7 @@
 # ruff: noqa: E402, I001
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,17 @@ import probes  # noqa: F401 (registers the environments)
 def in_empty_folder(tmp_path, monkeypatch):
     """Every test runs where its runs/ harm nobody."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def restored_handlers():
+    """What main does to its process, it must not do to that of the tests."""
+    signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    hook = threading.excepthook
+    yield
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    threading.excepthook = hook
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Environments whose right answers are known, registered on import: `--env-id probes:Name-v0`."""
 
 import os
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -169,6 +170,29 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 1.0, bool(ends[0]), bool(ends[1]), {}
 
 
+class Noisy(Probe):
+    """Draws from the generators of random and numpy as well as from its own, and never ends of itself."""
+
+    def observe(self):
+        return np.array([random.random() + np.random.random() + self.np_random.random()], np.float32)  # noqa: NPY002
+
+    def step(self, action):
+        return self.observe(), random.random(), False, False, {}
+
+
+class RiseAndFall(Probe):
+    """Episodes of one step, whose return rises until the 600th of each environment and falls again."""
+
+    count = 0
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        self.count += 1
+        return self.observe(), -abs(600.0 - self.count), True, False, {}
+
+
 class OddError(Exception):
     """Cannot be made anew from its message alone."""
 
@@ -237,6 +261,8 @@ for name, entry_point, limit in [
     ("Counting", Counting, None),
     ("Spaces", Spaces, None),
     ("Faulty", Faulty, None),
+    ("Noisy", Noisy, 10),
+    ("RiseAndFall", RiseAndFall, None),
 ]:
     gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)
 gym.register("SameStep-v0", Constant, vector_entry_point=SameStep)

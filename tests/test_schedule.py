@@ -29,7 +29,16 @@ def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, monkeypatch, s
         return original(self, actions)
 
     monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", step)
-    ppo.train(ppo.Args(total_timesteps=total, num_envs=4, num_steps=16, num_minibatches=2, update_epochs=3))
+    ppo.train(
+        ppo.Args(
+            total_timesteps=total,
+            num_envs=4,
+            num_steps=16,
+            num_minibatches=2,
+            update_epochs=3,
+            eval_episodes=0,
+        )
+    )
     assert sum(env_steps) == 64 * iterations
     assert len(steps) == iterations * 3 * 2
 
@@ -49,10 +58,10 @@ def test_kl_stop(updates, steps, monkeypatch):
     """Above the target no step is taken, the update ends, and that minibatch is not in the averages."""
     flags = {"run_name": "a", "total_timesteps": 512 * 3, "learning_rate": 1e-2, "anneal_lr": False}
     logged = []
-    original = ppo.Logger.iteration
+    original = ppo.Run.log
     monkeypatch.setattr(
-        ppo.Logger,
-        "iteration",
+        ppo.Run,
+        "log",
         lambda self, i, scalars: (logged.append(dict(scalars)), original(self, i, scalars)),
     )
     ppo.train(ppo.Args(target_kl=0.01, **flags))
@@ -74,7 +83,7 @@ def test_kl_stop_before_the_first_step(steps, monkeypatch):
     """Where not even one minibatch was learnt from, there are no losses to log, and the run goes on."""
     logged, loss = [], ppo.ppo_loss
     monkeypatch.setattr(ppo, "ppo_loss", lambda *x: (loss(*x)[0], {"approx_kl": torch.tensor(0.5)}))
-    monkeypatch.setattr(ppo.Logger, "iteration", lambda self, i, scalars: logged.append(set(scalars)))
+    monkeypatch.setattr(ppo.Run, "log", lambda self, i, scalars: logged.append(set(scalars)))
     ppo.train(ppo.Args(target_kl=0.4, total_timesteps=1024))
     assert steps == []
     assert logged == [{"losses/explained_variance", "charts/learning_rate"}] * 2

@@ -63,14 +63,18 @@ def test_the_global_generators_are_seeded():
 
 
 def test_environments_have_seeds_of_their_own():
-    """One Python int below 2**31 each, different within a run and from run to run."""
+    """One Python int below 2**31 each, different between environments, checkpoints and runs."""
     seeds = []
     for seed in (0, 1, 2, 2**40):
         probes.SEEDS.clear()
-        ppo.train(ppo.Args(env_id="Counting-v0", seed=seed, num_envs=16, num_steps=4, total_timesteps=64))
-        assert len(probes.SEEDS) == 16
-        seeds += probes.SEEDS
-    assert len(set(seeds)) == 4 * 16
+        flags = {"num_steps": 4, "total_timesteps": 6 * 64, "checkpoint_interval": 2, "eval_episodes": 5}
+        ppo.train(ppo.Args(env_id="Counting-v0", seed=seed, num_envs=16, **flags))
+        assert (
+            len(probes.SEEDS) == (1 + 3) * 16 + 5
+        )  # a trial before anything is written, and iterations 0, 2, 4
+        assert len(set(probes.SEEDS[16:])) == 3 * 16 + 5
+        seeds += probes.SEEDS[16:]
+    assert len(set(seeds)) == 4 * (3 * 16 + 5)
     assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
 
 

@@ -61,6 +61,7 @@ def test_the_first_observations_pass_unscaled_and_the_next_are_scaled(monkeypatc
             total_timesteps=192,
             update_epochs=1,
             num_minibatches=2,
+            eval_episodes=0,
         )
     )
     counts = sorted({count for count, _ in rows})
@@ -156,7 +157,9 @@ def test_tensorboard():
     charts = (
         "learning_rate SPS episodes episodic_length episodic_return episodic_return_min episodic_return_max"
     )
-    assert set(tags) == {f"losses/{x}" for x in losses.split()} | {f"charts/{x}" for x in charts.split()}
+    assert set(tags) == {f"losses/{x}" for x in losses.split()} | {f"charts/{x}" for x in charts.split()} | {
+        "eval/episodic_return"
+    }
     assert [rate for _, rate in tags["charts/learning_rate"]] == pytest.approx([2.5e-4, 1.25e-4])
     assert all(norm > 0 for _, norm in tags["losses/grad_norm"])
     text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -201,33 +204,30 @@ def test_console_in_a_file(capsys):
         ppo.Args(run_name="a", total_timesteps=64 * 100, num_steps=16, num_minibatches=1, update_epochs=1)
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run: runs/a"
+    assert lines[0] == "run: runs/a, from step 0"
     assert 20 < len(lines) <= 42
     assert any("6,400 steps (100%)" in line and "steps/s" in line and "left" in line for line in lines)
-    end = r"end: 6,400 steps \(100%\) in \S+, \S+ steps/s, return (\S+), length \1 over the last 100 episodes"
-    assert re.fullmatch(end, lines[-2])
+    end = r"end: 6,400 steps \(100%\), 0:00:00 left, \S+ steps/s, return (\S+), length \1, after 0:00:\d\d"
+    assert re.fullmatch(end, lines[-3])
 
 
 def test_console_tells_returns_from_lengths_and_the_time_left(capsys, monkeypatch):
     """Ten iterations of a second by the clock, of four episodes of two steps in each of two environments."""
     ticks = itertools.count()
-    monkeypatch.setattr(ppo, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=lambda: 0))
+    monkeypatch.setattr(ppo, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time_ns=lambda: 0))
     ppo.train(ppo.Args(env_id="Delay-v0", num_envs=2, num_steps=12, total_timesteps=240, num_minibatches=1))
     lines = capsys.readouterr().out.splitlines()
     assert "48 steps (20%), 0:00:08 left, 24 steps/s, return 1.0, length 2.0" in lines
-    assert (
-        "end: 240 steps (100%) in 0:00:10, 24 steps/s, return 1.0, length 2.0 over the last 80 episodes"
-        in lines
-    )
+    assert "end: 240 steps (100%), 0:00:00 left, 24 steps/s, return 1.0, length 2.0, after 0:00:11" in lines
 
 
 def test_speed_leaves_the_first_reset_out(monkeypatch):
     """The clock starts after the environments are reset, which may take long."""
     order = []
-    reset, init = ppo.gym.vector.SyncVectorEnv.reset, ppo.Logger.__init__
+    reset, init = ppo.gym.vector.SyncVectorEnv.reset, ppo.Run.__init__
     monkeypatch.setattr(
         ppo.gym.vector.SyncVectorEnv, "reset", lambda *a, **k: (order.append("reset"), reset(*a, **k))[1]
     )
-    monkeypatch.setattr(ppo.Logger, "__init__", lambda *a: (order.append("clock"), init(*a))[1])
-    ppo.train(ppo.Args(total_timesteps=64, num_steps=16))
-    assert order == ["reset", "clock"]
+    monkeypatch.setattr(ppo.Run, "__init__", lambda *a: (order.append("clock"), init(*a))[1])
+    ppo.train(ppo.Args(total_timesteps=64, num_steps=16, eval_episodes=0))
+    assert order == ["reset", "clock", "reset"]

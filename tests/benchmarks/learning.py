@@ -9,6 +9,7 @@ all environments counted together, at which the mean of 100 episodes in a row fi
 
 import argparse
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import platform
@@ -49,7 +50,7 @@ def run(args):
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
         os.chdir(folder)
         with contextlib.redirect_stdout(silence):
-            ppo.train(args)
+            ppo.train(dataclasses.replace(args, eval_episodes=0))
         os.chdir("/")
     return episodes, time.perf_counter() - start
 
