@@ -145,7 +145,7 @@ def check(args: Args) -> None:
         if flags:
             raise InputError(f"{', '.join(flags)} cannot be given: {path} was started with other values.")
     if args.capture_video:  # a missing renderer shows now, not after the training
-        with TemporaryDirectory() as tmp, closing(make_envs(replace(args, num_envs=1), f"{tmp}/a")) as envs:
+        with TemporaryDirectory() as tmp, closing(make_envs(replace(args, num_envs=1), f"{tmp}/v/")) as envs:
             envs.reset()
 
 
@@ -561,7 +561,7 @@ class Run:
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
         print(f"run: {self.path}, from step {self.first_step:,}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
-        print(f"spaces: {envs.single_observation_space!s:.60} -> {envs.single_action_space!s:.40}")
+        print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
         size, device = sum(x.numel() for x in agent.parameters()), next(agent.parameters()).device
         print(f"agent: {size:,} parameters on {device}", flush=True)
         self.line, self.saved_step = f"{self.first_step:,} steps", None

@@ -193,6 +193,29 @@ class RiseAndFall(Probe):
         return self.observe(), -abs(600.0 - self.count), True, False, {}
 
 
+class Dice(Probe):
+    """One step, whose reward is thrown at the reset."""
+
+    rewards = []  # of all episodes of this process  # noqa: RUF012
+
+    def observe(self):
+        self.reward = float(self.np_random.integers(-1000, 1000))
+        self.rewards.append(self.reward)
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        return np.zeros(1, np.float32), self.reward, True, False, {}
+
+
+class Shifted(Match):
+    """Match, with observations in the units of another world: 497 and 503."""
+
+    observation_space = spaces.Box(0, 1000, (1,), np.float32)
+
+    def observe(self):
+        return 500 + 3 * super().observe()
+
+
 class OddError(Exception):
     """Cannot be made anew from its message alone."""
 
@@ -262,6 +285,9 @@ for name, entry_point, limit in [
     ("Spaces", Spaces, None),
     ("Faulty", Faulty, None),
     ("Noisy", Noisy, 10),
+    ("Dice", Dice, None),
+    ("Shifted", Shifted, None),
+    ("Endless", Forever, None),
     ("RiseAndFall", RiseAndFall, None),
 ]:
     gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)

@@ -212,7 +212,7 @@ def test_a_run(tmp_path):
 
 def test_run_folders_are_never_shared(tmp_path, monkeypatch):
     """Made-up names hold milliseconds; where even these are equal, the second run is refused."""
-    clock = iter([7_001_000_000, 7_002_000_000, 7_002_000_000])
+    clock = iter([7_001_000_000, 7_002_000_000, 7_002_000_000, 0])
     fake = SimpleNamespace(time_ns=lambda: next(clock), perf_counter=time.perf_counter)
     monkeypatch.setattr(ppo, "time", fake)
     flags = {"env_id": "probes:Match-v0", "total_timesteps": 64, "num_steps": 16, "eval_episodes": 0}
