@@ -10,7 +10,6 @@ of a Box action, C choices of a MultiDiscrete one. *obs in a shape is the shape 
 Episodes end as in Gymnasium's NEXT_STEP autoreset: the step after an episode's last ignores the action and
 returns the next episode's first observation, with reward 0. So obs[t + 1] is always where row t led, and
 V(obs[t + 1]) its bootstrap; the row after an end only resets, is not `valid`, and is never trained on.
-
 [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
 [Dual] Ye et al. 2020, Mastering Complex Control in MOBA Games with Deep RL, arXiv:1912.09729
@@ -32,7 +31,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from operator import index
 from tempfile import TemporaryDirectory
@@ -66,7 +65,6 @@ class Args:
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: all in this process; async: a process for each; vector_entry_point: the environment's own
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
-
     total_timesteps: int = 500_000  # steps of all environments together, in whole rollouts; annealed to here
     learning_rate: float = 2.5e-4  # alpha, the step size of Adam
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run (off: constant)
@@ -120,10 +118,12 @@ RANGES = {  # valid values; every comparison with nan is False, so nan is refuse
     "max_grad_norm target_kl": ("finite and above 0, or None", lambda x: x is None or 0 < x < math.inf),
     "dual_clip": ("finite and above 1, or None", lambda x: x is None or 1 < x < math.inf),
     "log_std_init": ("from -20 to 2", lambda x: -20 <= x <= 2),
+    "resume evaluate": ("a path", lambda x: x != ""),
     "activation": ("tanh or relu", lambda x: x in ("tanh", "relu")),
     "env_kwargs": ("a JSON object, such as '{\"size\": 5}'", lambda x: isinstance(x, dict)),
 }
-CHANGEABLE = "total_timesteps checkpoint_interval device eval_episodes eval_stochastic capture_video"  # later
+CHANGEABLE = {"total_timesteps", "checkpoint_interval", "device", "resume", "evaluate"}  # of a saved run
+CHANGEABLE |= {"eval_episodes", "eval_stochastic", "capture_video"}
 
 
 def check(args: Args) -> None:
@@ -137,11 +137,11 @@ def check(args: Args) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
         raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
-    if args.evaluate and (args.resume or not args.eval_episodes):
-        raise InputError("--evaluate needs --eval-episodes, and cannot be given with --resume.")
+    if args.resume and args.evaluate:
+        raise InputError("--resume and --evaluate exclude each other.")
     if path := args.resume or args.evaluate:
-        old, new = vars(load(path)["args"]), vars(replace(args, resume=None, evaluate=None))
-        flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE.split() and new[x] != old[x]]
+        old, new = plain(load(path)["args"]), plain(args)
+        flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE and new[x] != old[x]]
         if flags:
             raise InputError(f"{', '.join(flags)} cannot be given: {path} was started with other values.")
     if args.capture_video:  # a missing renderer shows now, not after the training
@@ -153,13 +153,13 @@ def check(args: Args) -> None:
 def make_envs(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
     """Make the vector environment of a run, with observations flattened to vectors where necessary.
 
-    The raw returns and lengths of its last episodes are in `return_queue` and `length_queue`. With video, a
-    path that the names of files begin with, episodes are filmed. Raises InputError if it cannot be made.
+    The raw returns and lengths of an iteration's episodes are in its `return_queue` and `length_queue`. With
+    video, which the names of files begin with, episodes are filmed. Raises InputError if it cannot be made.
     """
     kwargs = args.env_kwargs | ({"render_mode": "rgb_array"} if video else {})
     try:
         if args.env_id.startswith("ALE/"):
-            __import__("ale_py")  # registers them
+            import ale_py  # noqa: F401 (registers them)
         envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
         if video:
             folder, prefix = os.path.split(video)
@@ -174,19 +174,11 @@ def make_envs(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
         raise InputError(f"{args.env_id} has autoreset mode {mode}, but only NEXT_STEP is supported.")
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
         gym.logger.warn(f"images {space.shape} are flattened: there is no convolutional network")
-    if not is_flattenable(space):
+    if not space.is_np_flattenable or "Text(" in str(space) or "OneOf(" in str(space):
         raise InputError(f"Observation space {space} is not supported, or a part of it is not.")
     if not (isinstance(space, spaces.Box) and len(space.shape) == 1):
         envs = FlattenObservation(envs)
-    # As many as can end in an iteration. The usual key, "episode", the environment may use for its own.
-    return RecordEpisodeStatistics(envs, max(100, args.num_envs * args.num_steps), stats_key="raw_episode")
-
-
-def is_flattenable(space: spaces.Space) -> bool:
-    """Whether the space is one that is supported, and is flattened to vectors of a fixed length."""
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        return all(map(is_flattenable, space.values() if isinstance(space, spaces.Dict) else space))
-    return isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary)
+    return RecordEpisodeStatistics(envs, max(100, int(args.num_envs * args.num_steps)), "raw_episode")
 
 
 # --- 3. Agent ----------------------------------------------------------------------------------------------
@@ -200,7 +192,7 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, x: Tensor) -> None:
-        """Merge the rows x (B, *shape) with those before [Chan et al. 1983], in double precision."""
+        """Merge the rows x (B, *shape) with those before, in double precision (Chan et al. 1983, eq. 1.5)."""
         x, mean, std = x.cpu().double(), self.mean.cpu().double(), self.std.cpu().double()
         weight = len(x) / (len(x) + self.count.item())  # of the new rows among all
         delta = x.mean(0) - mean
@@ -226,10 +218,9 @@ def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequen
 class Agent(nn.Module):
     """Policy pi(a|s) and value function V(s): two networks that share the scaling of obs alone [37] #13.
 
-    Takes the single spaces of `make_envs`. `dist, value = agent(obs)` maps raw observations (B, *obs) to an
-    action distribution, whose log_prob and entropy are (B,), and values (B,), in units of scaled rewards.
-    Actions (B, *action_shape) are indices from 0 or unbounded reals, as sampled and as stored; `to_env`
-    converts them to the action space. Raises InputError for an action space that is not supported.
+    Takes the single spaces of `make_envs`. `dist, value = agent(obs)` maps raw observations (B, *obs) to a
+    distribution, with log_prob and entropy (B,), and values (B,) in units of scaled rewards. Actions
+    (B, *action_shape) are indices from 0 or unbounded reals; `to_env` converts them to the action space.
     """
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
@@ -240,8 +231,7 @@ class Agent(nn.Module):
         if isinstance(action_space, spaces.Discrete):
             num_outputs = int(action_space.n)
         elif isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary):
-            # C choices; a bit is a choice of two. Each has as many logits as the largest has options, and the
-            # padding added to those in excess makes their probability 0.
+            # C choices, with logits for the most options that any has; padding rules out those in excess.
             options = np.ravel(getattr(action_space, "nvec", np.full(action_space.shape, 2)))
             missing = np.arange(options.max()) >= options[:, None]
             self.padding = torch.where(torch.from_numpy(missing), -1e9, 0.0)  # (C, options)
@@ -283,6 +273,7 @@ class Agent(nn.Module):
             dist = Categorical(logits=output, validate_args=False)
         return Independent(dist, len(self.action_shape), validate_args=False), value  # [37] #25, #37
 
+    @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """Sample actions (B, *action_shape) for raw observations (B, *obs); greedy takes the likeliest."""
         output = self.output(self.normalize(obs))
@@ -349,14 +340,12 @@ def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: floa
     dist, value = agent(minibatch.obs)
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 on the first minibatch of an iteration
-
     # Clipped surrogate: nothing is gained by moving the ratio away from 1 by more than epsilon [PPO] eq. 7.
     advantage = minibatch.advantage
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
     if args.dual_clip is not None:  # nor is there a loss without bound where A < 0 [Dual] eq. 5
         surrogate = torch.where(advantage < 0, surrogate.max(args.dual_clip * advantage), surrogate)
     policy_loss = -surrogate.mean()
-
     # Value loss: with clipping, the larger of the errors of V and of V within epsilon of V_old [37] #9.
     error = (value - minibatch.ret).square()  # (M,)
     if args.clip_vloss:
@@ -388,10 +377,9 @@ def logprob_and_value(agent: Agent, obs: Tensor, action: Tensor) -> tuple[Tensor
 
 # --- 5. Training loop --------------------------------------------------------------------------------------
 def train(args: Args) -> Agent:
-    """Train an agent, write to runs/<run>/, evaluate and return the agent.
+    """Train an agent, write to runs/<run>/, evaluate and return it; sets all seeds and torch's threads.
 
-    Seeds all generators, and sets cuDNN's determinism and torch's threads. Raises InputError, a ValueError,
-    before anything is written, if it cannot be done, and FloatingPointError if a number is nan or infinite.
+    Raises InputError (a ValueError) or DependencyNotInstalled before writing; FloatingPointError at a nan.
     """
     check(args)
     device = torch.device("cpu" if args.device == "auto" else args.device)
@@ -417,7 +405,7 @@ def train(args: Args) -> Agent:
             return agent
         envs.reset(seed=env_seed)  # what fails here fails before anything is written
         run = stack.enter_context(closing(Run(args, envs, agent, optimizer)))
-        default = max(args.num_iterations // 100, math.ceil(10_000 / T))  # episodes are cut at intervals
+        default = max(args.num_iterations // 100, math.ceil(10_000 / T))  # 10,000 steps between cuts, or more
         interval = default if args.checkpoint_interval is None else args.checkpoint_interval
         for iteration in range(first, args.num_iterations):
             # A resumed run begins here, and an unbroken one begins anew, so that both go on alike: the states
@@ -437,14 +425,13 @@ def train(args: Args) -> Agent:
             # Rollout: act for T steps, from where the last rollout ended [37] #1.
             rollout.obs[0] = rollout.obs[T]
             try:
-                with torch.inference_mode():
-                    for t in range(T):
-                        action = agent.act(torch.from_numpy(rollout.obs[t]).to(device)).cpu().numpy()
-                        rollout.action[t], rollout.valid[t] = action, ~done
-                        obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
-                        rollout.obs[t + 1], rollout.reward[t], rollout.terminated[t] = obs, reward, terminated
-                        rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
-                        rollout.done[t] = done = terminated | truncated
+                for t in range(T):
+                    action = agent.act(torch.from_numpy(rollout.obs[t]).to(device)).cpu().numpy()
+                    rollout.action[t], rollout.valid[t] = action, ~done
+                    obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
+                    rollout.obs[t + 1], rollout.reward[t], rollout.terminated[t] = obs, reward, terminated
+                    rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
+                    rollout.done[t] = done = terminated | truncated
             finally:
                 check_finite({"obs": rollout.obs, "action": rollout.action, "reward": rollout.reward})
             data = Rollout(*(torch.from_numpy(x).to(device) for x in rollout))
@@ -486,11 +473,8 @@ def train(args: Args) -> Agent:
                     infos.append(info)
                 if stop:
                     break
-
-            # Not before: old and new log-probabilities would be of differently scaled observations.
-            if agent.obs_stats is not None:
+            if agent.obs_stats is not None:  # not before, as that would change the log-probabilities
                 agent.obs_stats.update(data.obs[:-1][data.valid])
-
             names = infos[0] if infos else ()  # it is empty if the KL stop came before the first step
             losses = {name: torch.stack([info[name] for info in infos]).cpu().numpy() for name in names}
             check_finite(losses)
@@ -520,8 +504,10 @@ def closing_envs(envs: gym.vector.VectorEnv) -> Iterator[gym.vector.VectorEnv]:
         yield envs
     except BaseException:
         for worker in getattr(envs.unwrapped, "processes", ()):
-            worker.kill()
             envs.unwrapped.closed = True  # or Gymnasium would wait for an answer
+            worker.terminate()
+            worker.join(0.5)  # for it to close its environment
+            worker.kill()
         raise
     finally:
         envs.close()
@@ -535,7 +521,7 @@ def check_finite(columns: dict[str, np.ndarray]) -> None:
             found.append((position[0], order, f"{name}{position} is {x[tuple(position)]}"))
     if found:
         failure = sys.exc_info()[1]
-        raise FloatingPointError(min(found)[-1] + f", upon which came {failure!r}" * bool(failure))
+        raise FloatingPointError(min(found)[-1] + (f", upon which came {failure!r}" if failure else ""))
 
 
 class Run:
@@ -543,10 +529,13 @@ class Run:
 
     def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, optimizer: torch.optim.Adam):
         self.args, self.agent, self.optimizer = replace(args, resume=None), agent, optimizer
-        self.batch_size = args.num_envs * args.num_steps
+        self.batch_size = int(args.num_envs * args.num_steps)
         start = load(args.resume) if args.resume else {}
         self.first_step, self.best = start.get("global_step", 0), start.get("best", -math.inf)
-        self.envs, self.queues, self.episode_count = envs, (envs.return_queue, envs.length_queue), 0
+        record = envs
+        while not isinstance(record, RecordEpisodeStatistics):  # where other wrappers are above it
+            record = record.env
+        self.record, self.queues, self.episode_count = record, (record.return_queue, record.length_queue), 0
         for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
             queue.extend(recent)
         made_up = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
@@ -555,7 +544,9 @@ class Run:
         try:
             os.makedirs(self.path, exist_ok=bool(args.resume))
         except OSError as error:
-            raise InputError(f"Cannot create {self.path}: {error.strerror}; set --run-name.") from error
+            raise InputError(
+                f"{self.path} cannot be made a folder ({error.strerror}): set --run-name."
+            ) from error
         self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if args.resume else None)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
@@ -564,7 +555,7 @@ class Run:
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
         size, device = sum(x.numel() for x in agent.parameters()), next(agent.parameters()).device
         print(f"agent: {size:,} parameters on {device}", flush=True)
-        self.line, self.saved_step = f"{self.first_step:,} steps", None
+        self.line, self.saved_step = f"{self.first_step:,} steps", start.get("global_step")
         self.start = time.perf_counter()  # start-up does not count in the speed
 
     def log(self, iteration: int, scalars: dict[str, float]) -> None:
@@ -573,7 +564,7 @@ class Run:
         step, seconds = count * self.batch_size, time.perf_counter() - self.start
         scalars["charts/SPS"] = speed = (step - self.first_step) / seconds
         returns, lengths = (np.array(queue) for queue in self.queues)
-        if new := self.envs.episode_count - self.episode_count:
+        if new := self.record.episode_count - self.episode_count:
             scalars |= {"charts/episodes": new, "charts/episodic_length": lengths[-new:].mean()}
             for suffix, statistic in ("", np.mean), ("_min", np.min), ("_max", np.max):
                 scalars["charts/episodic_return" + suffix] = statistic(returns[-new:])
@@ -582,24 +573,23 @@ class Run:
             if math.isfinite(value):  # explained variance is not, where all returns are the same
                 self.writer.add_scalar(tag, value, step)
         left = timedelta(seconds=round((total - count) * self.batch_size / speed))
-        self.line = f"{step:,} steps ({count / total:.0%}), {left} left, {speed:,.0f} steps/s"
+        self.line = f"{step:,} steps ({count / total:.0%}), {speed:,.0f} steps/s"
         if len(returns):
             self.line += f", return {returns[-100:].mean():.1f}, length {lengths[-100:].mean():.1f}"
         if sys.stdout.isatty():  # one line that updates itself; in a file, 32 lines
             width = (os.get_terminal_size().columns or 80) - 1
-            print(f"\r{self.line:{width}.{width}}", end="", flush=True)
+            print(f"\r{f'{self.line}, {left} left':{width}.{width}}", end="", flush=True)
         elif count * 32 // total > iteration * 32 // total:
-            print(self.line, flush=True)
+            print(f"{self.line}, {left} left", flush=True)
 
     def save(self, iteration: int) -> None:
         """Write checkpoint.pt, and before it best.pt if the last 100 episodes are the best so far."""
         self.writer.flush()  # a resumed run logs only what comes after the checkpoint
         recent = [np.array(queue)[-100:].tolist() for queue in self.queues]
-        mean, step = sum(recent[0]) / 100 if len(recent[0]) == 100 else -math.inf, iteration * self.batch_size
-        names = ["best.pt"] * (mean > self.best) + ["checkpoint.pt"]
-        self.best = max(mean, self.best)
-        args = json.dumps(asdict(self.args), default=lambda x: getattr(x, "item", x.__repr__)())
-        content = {"format": 1, "args": json.loads(args), "iteration": iteration, "global_step": step}
+        mean = sum(recent[0]) / 100 if len(recent[0]) == 100 else -math.inf
+        names = ["best.pt", "checkpoint.pt"] if mean > self.best else ["checkpoint.pt"]
+        self.best, step = max(mean, self.best), iteration * self.batch_size
+        content = {"format": 1, "args": plain(self.args), "iteration": iteration, "global_step": step}
         content |= {"recent": recent, "best": self.best}
         content |= {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(content, buffer := io.BytesIO())
@@ -618,6 +608,11 @@ class Run:
             way = "evaluate" if self.saved_step >= self.args.total_timesteps else "resume"
             print(f"{way} from step {self.saved_step:,}: python ppo.py --{way} {self.path}", flush=True)
         self.writer.close()
+
+
+def plain(args: Args) -> dict:
+    """The flags in types of JSON: numpy's values as numbers and lists, other objects by their names."""
+    return json.loads(json.dumps(vars(args), default=lambda x: getattr(x, "tolist", x.__str__)()))
 
 
 def load(path: str, **parts: Agent | torch.optim.Optimizer) -> dict:
@@ -650,14 +645,14 @@ def load_agent(path: str) -> Agent:
 
 def evaluate(path: str, args: Args) -> None:
     """Run args.eval_episodes episodes of the agent saved at path, seeded; log and print their raw returns."""
-    check(args)
-    step, env_seed, returns = load(path)["global_step"], reseed(args), np.zeros(args.eval_episodes)
+    check(replace(args, device="auto"))  # it runs on the CPU
+    step, env_seed, returns = load(path)["global_step"], reseed(args), np.zeros(args.eval_episodes or 10)
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     video = f"{folder}/videos/step-{step}" if args.capture_video else None
-    with closing_envs(make_envs(replace(args, num_envs=1), video)) as envs, torch.inference_mode():
+    with closing_envs(make_envs(replace(args, num_envs=1), video)) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args)
         load(path, agent=agent)
-        for episode in range(args.eval_episodes):
+        for episode in range(len(returns)):
             obs, _ = envs.reset(seed=env_seed + episode)
             for _ in range(100_000):  # an agent may balance for ever
                 action = agent.act(torch.as_tensor(obs, dtype=torch.float32), not args.eval_stochastic)
@@ -665,11 +660,11 @@ def evaluate(path: str, args: Args) -> None:
                 returns[episode] += reward.item()
                 if terminated or truncated:
                     break
-    with closing(SummaryWriter(folder)) as writer:
-        writer.add_scalar("eval/episodic_return", returns.mean(), step)
     mean, std, low, high = returns.mean(), returns.std(), returns.min(), returns.max()
     how = f"{len(returns)} episodes, {'stochastic' if args.eval_stochastic else 'greedy'}"
     print(f"eval: mean {mean:.1f} std {std:.1f} min {low:.1f} max {high:.1f} ({how})", flush=True)
+    with closing(SummaryWriter(folder)) as writer:
+        writer.add_scalar("eval/episodic_return", mean, step)
 
 
 # --- 7. Main -----------------------------------------------------------------------------------------------
@@ -677,13 +672,15 @@ def main() -> None:
     """Do what the command line says. Exit code 2: bad input; 1: the run cannot go on; 128 + n: signal n."""
 
     def leave(signum: int, _frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # nothing disturbs the closing of files and environments
-        sys.exit(128 + signum)
+        # Once more after a while, as Python swallows what is raised in a __del__.
+        threading.Thread(target=lambda: (time.sleep(0.2), signal.raise_signal(signum)), daemon=True).start()
+        if not isinstance(sys.exc_info()[1], SystemExit):  # else the end is under way
+            sys.exit(128 + signum)
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, leave)
-    threading.excepthook = lambda failure: None  # of TensorBoard's thread; its failures are raised here too
+    # What fails in TensorBoard's thread is raised here too, and needs no traceback of its own.
+    threading.excepthook = lambda x: isinstance(x.exc_value, OSError) or threading.__excepthook__(x)
     try:
         args = tyro.cli(Args)
         if path := args.resume or args.evaluate:
@@ -694,6 +691,9 @@ def main() -> None:
             raise  # not a full disk, but some fault of the environment
         print(f"ppo.py: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError | OSError) else 2)
+    finally:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # nothing disturbs the end of the interpreter
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import os
 import random
+import signal
+import subprocess
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -216,6 +219,35 @@ class Shifted(Match):
         return 500 + 3 * super().observe()
 
 
+class Deleted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.01)
+
+
+class Nuisance(Probe):
+    """Makes it hard to stop: by a signal in a __del__, in step 2000, or by a process that it has started."""
+
+    def __init__(self, kind):
+        self.kind, self.count = kind, 0
+        if kind == "child":
+            self.child = subprocess.Popen(["sleep", "1000"])
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        self.count += 1
+        if self.kind == "del" and self.count == 2000:
+            Deleted()
+        return self.observe(), 1.0, False, self.count % 10 == 0, {}
+
+    def close(self):
+        if self.kind == "child":
+            self.child.kill()
+            self.child.wait()
+
+
 class OddError(Exception):
     """Cannot be made anew from its message alone."""
 
@@ -285,6 +317,7 @@ for name, entry_point, limit in [
     ("Spaces", Spaces, None),
     ("Faulty", Faulty, None),
     ("Noisy", Noisy, 10),
+    ("Nuisance", Nuisance, None),
     ("Dice", Dice, None),
     ("Shifted", Shifted, None),
     ("Endless", Forever, None),

@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -248,7 +249,7 @@ def test_progress_on_a_terminal_is_one_line(tmp_path):
     updates = progress[0].split("\r")[1:]
     assert len(updates) == 40
     assert all(len(update) == 59 for update in updates)
-    assert re.match(r"18,432 steps \(90%\), 0:00:\d\d left, [\d,]+ steps/s, return", updates[35])
+    assert re.match(r"18,432 steps \(90%\), [\d,]+ steps/s, return \d+\.\d, length", updates[35])
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -386,8 +387,7 @@ def test_an_exception_of_the_environment_keeps_its_traceback(mode, tmp_path):
 
 def test_a_full_disk_is_exit_code_1(tmp_path):
     """No file may grow beyond 4 kB, which is what the log does in its third iteration or so."""
-    import resource
-
-    result = run(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    result = run(tmp_path, "--checkpoint-interval=0", preexec_fn=limit)
     assert result.returncode == 1
-    assert "File too large" in result.stderr.splitlines()[-1]
+    assert result.stderr == "ppo.py: [Errno 27] File too large\n"

@@ -67,6 +67,14 @@ def test_after_training_and_later_are_the_same(tmp_path):
     assert sum(path.startswith("elsewhere") for path in new) == 1
 
 
+def test_a_run_without_evaluation_can_be_evaluated(tmp_path):
+    """By the command that its end shows."""
+    flags = ["--total-timesteps=64", "--num-steps=16", "--run-name=a", "--eval-episodes=0"]
+    last = run(tmp_path, *flags).stdout.splitlines()[-1]
+    assert last == "evaluate from step 64: python ppo.py --evaluate runs/a"
+    assert run(tmp_path, *last.split()[-2:]).stdout.endswith("(10 episodes, greedy)\n")
+
+
 def test_greedy_and_stochastic(capsys):
     """A policy that has learnt nothing prefers one action by a hair: always so, or half of the time."""
     flags = {"env_id": "Choice-v0", "total_timesteps": 64, "learning_rate": 0.0, "eval_episodes": 40}
