@@ -26,7 +26,8 @@ ENV_ID, NUM_ENVS, NUM_STEPS = "CartPole-v1", 4, 128
 FLAGS = f"""--env-id {ENV_ID} --num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --vectorization-mode sync
     --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95
     --norm-adv --clip-coef 0.2 --clip-vloss --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 --target-kl None
-    --hidden-sizes 64 64 --activation tanh --norm-obs --norm-reward --device cpu"""
+    --hidden-sizes 64 64 --activation tanh --norm-obs --norm-reward --device cpu --eval-episodes 0
+    --checkpoint-interval 0"""
 
 STABLE_BASELINES3 = f"""
 import sys, time, torch
