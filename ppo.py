@@ -192,7 +192,7 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, x: Tensor) -> None:
-        """Merge the rows x (B, *shape) with those before, in double precision (Chan et al. 1983, eq. 1.5)."""
+        """Merge the rows x (B, *shape) with those before, in double precision (Chan, Golub, LeVeque 1983)."""
         x, mean, std = x.cpu().double(), self.mean.cpu().double(), self.std.cpu().double()
         weight = len(x) / (len(x) + self.count.item())  # of the new rows among all
         delta = x.mean(0) - mean
