@@ -508,9 +508,9 @@ def closing_envs(envs: gym.vector.VectorEnv) -> Iterator[gym.vector.VectorEnv]:
             worker.terminate()
             worker.join(0.5)  # for it to close its environment
             worker.kill()
+        envs.unwrapped.close()  # without the wrappers, of which one may be filming
         raise
-    finally:
-        envs.close()
+    envs.close()
 
 
 def check_finite(columns: dict[str, np.ndarray]) -> None:

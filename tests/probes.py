@@ -248,6 +248,24 @@ class Nuisance(Probe):
             self.child.wait()
 
 
+class Film(Probe):
+    """Never ends, and shows noise, which takes long to encode."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def observe(self):
+        return np.zeros(1, np.float32)
+
+    def step(self, action):
+        return self.observe(), 1.0, False, False, {}
+
+    def render(self):
+        return np.random.default_rng(0).integers(256, size=(240, 320, 3), dtype=np.uint8)
+
+
 class OddError(Exception):
     """Cannot be made anew from its message alone."""
 
@@ -318,6 +336,7 @@ for name, entry_point, limit in [
     ("Faulty", Faulty, None),
     ("Noisy", Noisy, 10),
     ("Nuisance", Nuisance, None),
+    ("Film", Film, None),
     ("Dice", Dice, None),
     ("Shifted", Shifted, None),
     ("Endless", Forever, None),

@@ -3,6 +3,10 @@
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -13,7 +17,7 @@ import torch
 from moviepy import VideoFileClip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoints import files
-from test_cli import run
+from test_cli import PPO, TESTS, run
 
 import ppo
 
@@ -189,6 +193,26 @@ def test_what_cannot_be_filmed_is_said_before_the_training(missing, flags, part,
     assert line.startswith("ppo.py: ")
     assert part in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupt_does_not_wait_for_the_film(tmp_path):
+    """The unfinished episode is not encoded, which would take longer than anybody waits after Ctrl-C."""
+    flags = ["--env-id=probes:Film-v0", "--capture-video", "--total-timesteps=64", "--num-steps=16"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(PPO), *flags, "--run-name=a"], cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(TESTS)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not next(process.stdout).startswith("evaluate from"):
+        pass
+    while not (tmp_path / "runs/a/videos").exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "eval:" not in out
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path / "runs/a/videos") == []
 
 
 def test_the_example_of_the_readme(tmp_path):
