@@ -178,6 +178,7 @@ def make_envs(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
         raise InputError(f"Observation space {space} is not supported, or a part of it is not.")
     if not (isinstance(space, spaces.Box) and len(space.shape) == 1):
         envs = FlattenObservation(envs)
+    # Of as many episodes as can end in an iteration; the usual key, "episode", may be in use already.
     return RecordEpisodeStatistics(envs, max(100, int(args.num_envs * args.num_steps)), "raw_episode")
 
 
@@ -221,6 +222,7 @@ class Agent(nn.Module):
     Takes the single spaces of `make_envs`. `dist, value = agent(obs)` maps raw observations (B, *obs) to a
     distribution, with log_prob and entropy (B,), and values (B,) in units of scaled rewards. Actions
     (B, *action_shape) are indices from 0 or unbounded reals; `to_env` converts them to the action space.
+    Raises InputError for an action space that is not supported.
     """
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
@@ -544,9 +546,7 @@ class Run:
         try:
             os.makedirs(self.path, exist_ok=bool(args.resume))
         except OSError as error:
-            raise InputError(
-                f"{self.path} cannot be made a folder ({error.strerror}): set --run-name."
-            ) from error
+            raise InputError(f"Cannot make folder {self.path}: {error.strerror}; set --run-name.") from error
         self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if args.resume else None)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
