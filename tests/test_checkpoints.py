@@ -314,7 +314,7 @@ BAD_CHECKPOINTS = {
     "no checkpoint": lambda path: path.write_text("not a checkpoint\n" * 100),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
     "weights alone": rewrite(lambda checkpoint: [checkpoint.pop(name) for name in [*checkpoint][:-2]]),
-    "another format": rewrite(lambda checkpoint: checkpoint.update(format=2)),
+    "another format": rewrite(lambda checkpoint: checkpoint.update(format=1)),
     "another environment": rewrite(lambda checkpoint: checkpoint["args"].update(env_id="Acrobot-v1")),
     "an unknown flag": rewrite(lambda checkpoint: checkpoint["args"].update(colour="red")),
     "code, zipped": lambda path: torch.save(Exploit(), path),
