@@ -7,7 +7,7 @@ import numpy as np
 
 
 class MadeUp(gym.Env):
-    """Observations from a table, reward for one action, `work` milliseconds of processor time a step."""
+    """Observations from a table, a reward to guess, `work` milliseconds of processor time in each step."""
 
     def __init__(self, size=128, actions=16, work=0.0):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,))
@@ -21,9 +21,10 @@ class MadeUp(gym.Env):
         return self.table[0], {}
 
     def step(self, action):
-        end = time.thread_time() + self.work / 1000
-        while time.thread_time() < end:
-            pass
+        if self.work:
+            end = time.thread_time() + self.work / 1000
+            while time.thread_time() < end:
+                pass
         self.count += 1
         return self.table[self.count % 256], float(action == self.count % 2), self.count == 200, False, {}
 

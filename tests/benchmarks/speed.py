@@ -1,14 +1,19 @@
-"""How fast ppo.py is, beside Stable-Baselines3's PPO on the same work and beside what the environments allow.
+"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) on the same work and beside its environments.
 
-    python tests/benchmarks/speed.py                       # the table, three quarters of an hour on two cores
+    python tests/benchmarks/speed.py                       # the table, half an hour on two cores
     python tests/benchmarks/speed.py --only cartpole-4     # some of its rows
     python tests/benchmarks/speed.py --profile cartpole-4  # where the time of one workload goes
     python tests/benchmarks/speed.py --modes               # which --vectorization-mode for which environment
 
-Both programs get every setting explicitly: the same environments, networks, rollouts, minibatches, epochs and
-normalisation. Each run is a process of its own on one torch thread, and the programs take turns. Steps per
-second leave the start-up out, on both sides; it has a line of its own. The bound is stepping the same vector
-environment with random actions. Memory is the peak of the resident set of the whole process.
+Both programs are given the same environments, networks, initialisation, optimizer, rollouts, minibatches,
+epochs and normalisation, each of them explicitly. SB3 steps environments one by one in any case; in the rows
+that say so, ppo.py steps the environment's own vector version. Each run is a process of its own on one torch
+thread, and the programs take turns. Steps per second leave the start-up out, on both sides. The bound is
+stepping the same vector environment with random actions. Memory is the peak of the process's resident set.
+
+In the steps of ppo.py and of the bound are those that only reset an environment, 0.3 to 2 % of all (with
+random actions 4 % on CartPole); SB3 resets within the step that ends an episode. ppo.py writes TensorBoard's
+files and SB3 none. SB3 updates its running statistics in every step, ppo.py after every rollout.
 """
 
 import argparse
@@ -23,12 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 PPO = HERE.parents[1] / "ppo.py"
-BOTH = ("sync", "vector_entry_point")
+SYNC, NATIVE = "sync", "vector_entry_point"
 
 
 @dataclasses.dataclass
@@ -41,11 +47,12 @@ class Workload:
     iterations: int
     num_minibatches: int = 4
     update_epochs: int = 4
-    modes: tuple = ("sync",)
+    modes: tuple = (SYNC,)
 
-    def flags(self, mode, iterations):
+    def flags(self, mode):
+        timesteps = self.iterations * self.num_envs * self.num_steps
         return f"""--env-id {self.env_id} --num-envs {self.num_envs} --vectorization-mode {mode}
-            --num-steps {self.num_steps} --total-timesteps {iterations * self.num_envs * self.num_steps}
+            --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
             --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --norm-adv --clip-coef 0.2
             --no-anneal-clip --clip-vloss --dual-clip None --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5
@@ -56,9 +63,9 @@ class Workload:
 
 WORKLOADS = {
     "cartpole-4": Workload("CartPole-v1", 4, 128, 120),
-    "cartpole-16": Workload("CartPole-v1", 16, 128, 60, modes=BOTH),
-    "cartpole-64": Workload("CartPole-v1", 64, 128, 30, modes=BOTH),
-    "cartpole-256": Workload("CartPole-v1", 256, 128, 12, modes=BOTH),
+    "cartpole-16": Workload("CartPole-v1", 16, 128, 60, modes=(SYNC, NATIVE)),
+    "cartpole-64": Workload("CartPole-v1", 64, 128, 30, modes=(SYNC, NATIVE)),
+    "cartpole-256": Workload("CartPole-v1", 256, 128, 12, modes=(SYNC, NATIVE)),
     "acrobot-8": Workload("Acrobot-v1", 8, 128, 40),
     "pendulum-4": Workload("Pendulum-v1", 4, 1024, 15),
     "halfcheetah-1": Workload("HalfCheetah-v5", 1, 2048, 6, num_minibatches=32, update_epochs=10),
@@ -83,7 +90,8 @@ model = PPO("MlpPolicy", envs, n_steps=w["num_steps"], batch_size=rows // w["num
             n_epochs=w["update_epochs"], learning_rate=lambda remaining: 2.5e-4 * remaining, gamma=0.99,
             gae_lambda=0.95, normalize_advantage=True, clip_range=0.2, clip_range_vf=0.2, ent_coef=0.01,
             vf_coef=0.5, max_grad_norm=0.5, target_kl=None, seed=seed, device="cpu",
-            policy_kwargs=dict(net_arch=[64, 64], activation_fn=torch.nn.Tanh, log_std_init=0.0))
+            policy_kwargs=dict(net_arch=dict(pi=[64, 64], vf=[64, 64]), activation_fn=torch.nn.Tanh,
+                               ortho_init=True, log_std_init=0.0, optimizer_kwargs=dict(eps=1e-5)))
 start = time.perf_counter()
 model.learn(w["iterations"] * rows)
 print(w["iterations"] * rows / (time.perf_counter() - start), "steps/s")
@@ -96,8 +104,11 @@ w, mode = json.loads(sys.argv[1]), sys.argv[2]
 envs = gym.make_vec(w["env_id"], w["num_envs"], mode)
 envs.action_space.seed(0)
 envs.reset(seed=0)
-actions, count, start = [envs.action_space.sample() for _ in range(100)], 0, time.perf_counter()
-while time.perf_counter() - start < 1:
+actions = [envs.action_space.sample() for _ in range(100)]
+for action in actions:
+    envs.step(action)
+count, start = 0, time.perf_counter()
+while time.perf_counter() - start < 2:
     for action in actions:
         envs.step(action)
     count += 100 * w["num_envs"]
@@ -107,11 +118,15 @@ print(count / (time.perf_counter() - start), "steps/s")
 BARE_IMPORTS = "import torch, gymnasium; from torch.utils.tensorboard import SummaryWriter"
 
 
-def run(*command):
-    """Run Python with these arguments to its end.
+class Result(NamedTuple):
+    speed: float | None  # steps/s, the last that the program printed
+    megabytes: float
+    seconds: float
+    busy: float  # processors, on average
 
-    Returns the steps/s that it printed last, megabytes, seconds, and how many processors it kept busy.
-    """
+
+def run(*command):
+    """Run Python with these arguments to its end."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+") as out:
         command, start = [sys.executable, *map(str, command)], time.perf_counter()
@@ -124,9 +139,9 @@ def run(*command):
     if process.returncode:
         sys.exit(f"{command} failed:\n{text}")
     speeds = re.findall(r"([\d,.]+) steps/s", text)
-    megabytes = usage.ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     speed = float(speeds[-1].replace(",", "")) if speeds else None
-    return speed, megabytes, seconds, (usage.ru_utime + usage.ru_stime) / seconds
+    megabytes = usage.ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+    return Result(speed, megabytes, seconds, (usage.ru_utime + usage.ru_stime) / seconds)
 
 
 def spread(values, digits=0):
@@ -140,54 +155,48 @@ def compare(names, runs):
     print("|---|---|---|---|---|---|---|---|")
     medians = {}
     for name in names:
-        workload = WORKLOADS[name]
+        workload, results = WORKLOADS[name], collections.defaultdict(list)
         spec = json.dumps(dataclasses.asdict(workload))
-        rounds = []
         for seed in range(1, runs + 1):
-            ours = {
-                mode: run(PPO, *workload.flags(mode, workload.iterations), "--seed", seed)
-                for mode in workload.modes
-            }
-            theirs = run("-c", STABLE_BASELINES3, spec, seed)
-            rounds.append((ours, theirs, {m: run("-c", RANDOM_ACTIONS, spec, m)[0] for m in workload.modes}))
+            commands = {"SB3": ("-c", STABLE_BASELINES3, spec, seed)}
+            for mode in workload.modes:
+                commands["ppo.py", mode] = (PPO, *workload.flags(mode), "--seed", seed)
+                commands["bound", mode] = ("-c", RANDOM_ACTIONS, spec, mode)
+            for program in list(commands)[:: 1 if seed % 2 else -1]:  # who goes first changes
+                results[program].append(run(*commands[program]))
         for mode in workload.modes:
-            ours, theirs, bounds = (
-                [x[0][mode] for x in rounds],
-                [x[1] for x in rounds],
-                [x[2] for x in rounds],
-            )
-            ratios = [a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]
-            share = statistics.median(a[0] / b[mode] for a, b in zip(ours, bounds, strict=True))
-            medians[name, mode] = statistics.median(x[0] for x in ours)
-            cells = (
-                f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}"
-                + (f", {mode}" if mode != "sync" else ""),
-                spread([x[0] for x in ours]),
-                spread([x[0] for x in theirs]),
-                spread(ratios, 2),
-                f"{statistics.median(b[mode] for b in bounds):,.0f}",
-                f"{share:.0%}",
-                *(f"{statistics.median(x[1] for x in program):,.0f}" for program in (ours, theirs)),
-            )
+            ours, theirs, bound = results["ppo.py", mode], results["SB3"], results["bound", mode]
+            medians[name, mode] = statistics.median(x.speed for x in ours)
+            cells = [
+                f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}",
+                spread([x.speed for x in ours]),
+                spread([x.speed for x in theirs]),
+                spread([a.speed / b.speed for a, b in zip(ours, theirs, strict=True)], 2),
+                f"{statistics.median(x.speed for x in bound):,.0f}",
+                f"{statistics.median(a.speed / b.speed for a, b in zip(ours, bound, strict=True)):.0%}",
+                f"{statistics.median(x.megabytes for x in ours):,.0f}",
+                f"{statistics.median(x.megabytes for x in theirs):,.0f}",
+            ]
+            cells[0] += ", its own vector version" if mode == NATIVE else ""
             print(f"| {' | '.join(cells)} |", flush=True)
-    one, many = ("cartpole-4", "sync"), ("cartpole-256", "vector_entry_point")
-    if one in medians and many in medians:
-        print(f"\nsteps/s of 256 environments over those of 4: {medians[many] / medians[one]:.1f}")
+    few, many = ("cartpole-4", SYNC), ("cartpole-256", NATIVE)
+    if few in medians and many in medians:
+        print(f"\nsteps/s of 256 environments over those of 4: {medians[many] / medians[few]:.1f}")
 
 
 def start_up(runs):
-    """Print the seconds from the command to the end of a run of one iteration, and of the bare imports."""
-    seconds = collections.defaultdict(list)
-    one = dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1)
+    """Print the seconds that a run of one iteration takes from its command to its exit, and the imports."""
+    one, seconds = dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1), collections.defaultdict(list)
+    spec = json.dumps(dataclasses.asdict(one))
     for seed in range(runs + 1):
-        seconds["ppo.py"].append(run(PPO, *one.flags("sync", 1))[2])
-        seconds["bare imports"].append(run("-c", BARE_IMPORTS)[2])
-        seconds["SB3"].append(run("-c", STABLE_BASELINES3, json.dumps(dataclasses.asdict(one)), seed)[2])
-    warm = {name: x[1:] for name, x in seconds.items()}  # the first reads the files from the disk
-    ratios = [a / b for a, b in zip(warm["ppo.py"], warm["bare imports"], strict=True)]
-    print(f"\nstart to the end of the first iteration: {spread(warm['ppo.py'], 2)} s")
-    print(f"importing torch, gymnasium and tensorboard alone: {spread(warm['bare imports'], 2)} s")
-    print(f"ratio: {spread(ratios, 2)}; SB3's first iteration: {spread(warm['SB3'], 2)} s")
+        seconds["ppo.py"].append(run(PPO, *one.flags(SYNC)).seconds)
+        seconds["imports"].append(run("-c", BARE_IMPORTS).seconds)
+        seconds["SB3"].append(run("-c", STABLE_BASELINES3, spec, seed).seconds)
+    warm = {name: x[1:] for name, x in seconds.items()}  # the first may have read the files from the disk
+    ratios = [a / b for a, b in zip(warm["ppo.py"], warm["imports"], strict=True)]
+    print(f"\na run of one iteration, from the command to its exit: {spread(warm['ppo.py'], 2)} s")
+    print(f"importing torch, gymnasium and tensorboard alone: {spread(warm['imports'], 2)} s")
+    print(f"ratio: {spread(ratios, 2)}; SB3's run of one iteration: {spread(warm['SB3'], 2)} s")
 
 
 class Clock:
@@ -229,22 +238,18 @@ def profile(name, mode):
         return envs
 
     def timed_log(*args):
+        start, acted, valued = clock.begin["Agent.act"], clock.end["envs.step"], clock.end["gae"]
         updated = time.perf_counter()
         log(*args)
-        start, acted = clock.begin["Agent.act"], clock.begin["logprob_and_value"]
-        valued, logged = clock.end["gae"], time.perf_counter()
-        phases = {"rollout": acted - start, "advantages": valued - acted}
-        iterations.append((phases | {"update": updated - valued, "log": logged - updated}, *clock_reading()))
-
-    def clock_reading():
-        reading = dict(clock.seconds), dict(clock.calls)
+        phases = {"rollout": acted - start, "advantages": valued - acted, "update": updated - valued}
+        phases["log"] = time.perf_counter() - updated
+        iterations.append((phases, dict(clock.seconds), dict(clock.calls)))
         for times in (clock.seconds, clock.calls, clock.begin, clock.end):
             times.clear()
-        return reading
 
     ppo.make_envs, ppo.Run.log = timed_envs, timed_log
     parts = {
-        "rollout": {"envs.step": None, "Agent.act": ppo.Agent, "Agent.to_env": ppo.Agent},
+        "rollout": {"envs.step": None, "Agent.act": ppo.Agent, "Agent.to_env": ppo.Agent},  # see timed_envs
         "advantages": {"logprob_and_value": ppo, "gae": ppo},
         "update": {"ppo_loss": ppo, "torch.autograd.grad": torch.autograd, "Adam.step": ppo.Adam},
         "log": {},
@@ -256,71 +261,87 @@ def profile(name, mode):
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        ppo.train(ppo.tyro.cli(ppo.Args, args=workload.flags(mode, workload.iterations)))
-        os.chdir(HERE)
-    iterations = iterations[2:]  # the first ones are slower
+        ppo.train(ppo.tyro.cli(ppo.Args, args=workload.flags(mode)))
+        os.chdir(HERE)  # the folder is about to go
+    phases, seconds, calls = zip(*iterations[2:], strict=True)  # the first ones are slower
 
-    def median(index, label):
-        return statistics.median(x[index].get(label, 0) for x in iterations)
+    def median(column, label):
+        return statistics.median(x[label] for x in column)
 
-    total = sum(median(0, phase) for phase in parts)
+    total = sum(median(phases, phase) for phase in parts)
     print(f"\n{name}, {mode}: {total * 1e3:.1f} ms an iteration, by medians\n")
     print("| phase | ms | share | calls | us a call |\n|---|---|---|---|---|")
     for phase, labels in parts.items():
-        print(f"| **{phase}** | {median(0, phase) * 1e3:.2f} | {median(0, phase) / total:.0%} | | |")
+        whole = rest = median(phases, phase)
+        print(f"| **{phase}** | {whole * 1e3:.2f} | {whole / total:.0%} | | |")
         for label in labels:
-            seconds, calls = median(1, label), median(2, label)
-            cells = (
-                f"{seconds * 1e3:.2f} | {seconds / total:.0%} | {calls:.0f} | {seconds / calls * 1e6:,.0f}"
-            )
-            print(f"| {label} | {cells} |")
-        rest = median(0, phase) - sum(median(1, label) for label in labels)
+            part, count = median(seconds, label), median(calls, label)
+            rest -= part
+            print(f"| {label} | {part * 1e3:.2f} | {part / total:.0%} ", end="")
+            print(f"| {count:.0f} | {part / count * 1e6:,.0f} |")
         if labels:
             print(f"| the rest | {rest * 1e3:.2f} | {rest / total:.0%} | | |")
 
 
 def modes(runs):
-    """Print steps/s of the modes, and the processors kept busy, for steps that take longer and longer."""
+    """Print steps/s of the modes, and the processors kept busy (start-up included), for ever slower steps."""
     print("| 8 environments | sync | async | vector_entry_point |\n|---|---|---|---|")
-    base = dataclasses.replace(WORKLOADS["cartpole-4"], num_envs=8, iterations=20)
-    cases = [("CartPole-v1, about 0.01 ms a step", base, {}, (*BOTH, "async"))]
-    for work in (0.03, 0.1, 0.3, 1.0, 3.0):
-        workload = dataclasses.replace(base, env_id="made_up:MadeUp-v0", num_steps=64)
-        cases.append((f"made up, {work} ms a step", workload, {"work": work}, ("sync", "async")))
+    base = dataclasses.replace(WORKLOADS["cartpole-4"], num_envs=8, iterations=100)
+    cases = [("CartPole-v1, about 0.01 ms a step", base, {}, (SYNC, "async", NATIVE))]
+    for work, iterations in (0.03, 80), (0.1, 60), (0.3, 40), (1.0, 20), (3.0, 10):
+        title = f"made up, {work} ms a step"
+        slow = dataclasses.replace(base, env_id="made_up:MadeUp-v0", num_steps=64, iterations=iterations)
+        cases.append((title, slow, {"work": work}, (SYNC, "async")))
     for title, workload, kwargs, names in cases:
         results = collections.defaultdict(list)
         for _ in range(runs):
             for mode in names:
-                flags = workload.flags(mode, workload.iterations)
-                results[mode].append(run(PPO, *flags, "--env-kwargs", json.dumps(kwargs)))
-        cells = [title]
-        for mode in ("sync", "async", "vector_entry_point"):
-            speeds, _, _, cores = zip(*results[mode], strict=True) if mode in results else ((), (), (), ())
-            cells.append(f"{spread(speeds)}, {statistics.median(cores):.1f} busy" if speeds else "")
-        print(f"| {' | '.join(cells)} |", flush=True)
+                results[mode].append(run(PPO, *workload.flags(mode), "--env-kwargs", json.dumps(kwargs)))
+        cells = []
+        for mode in (SYNC, "async", NATIVE):
+            busy = [x.busy for x in results[mode]]
+            speeds = [x.speed for x in results[mode]]
+            cells.append(f"{spread(speeds)}, {statistics.median(busy):.1f} busy" if speeds else "")
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+def installed(package):
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
 
 
 def main():
+    os.environ["OMP_NUM_THREADS"] = "1"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5, help="of each program")
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="rows of the table")
-    parser.add_argument("--profile", choices=WORKLOADS, help="print where the time of this workload goes")
-    parser.add_argument("--mode", choices=BOTH, default="sync", help="of the environments that are profiled")
-    parser.add_argument("--modes", action="store_true", help="compare the vectorization modes")
+    parser.add_argument("--native", action="store_true", help=f"profile with {NATIVE}")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--only", nargs="+", choices=WORKLOADS, help="rows of the table")
+    what.add_argument("--profile", choices=WORKLOADS, help="print where the time of this workload goes")
+    what.add_argument("--modes", action="store_true", help="compare the vectorization modes")
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error("--runs must be at least 1")
+    if options.native and NATIVE not in WORKLOADS[options.profile or "cartpole-4"].modes:
+        parser.error("--native is for the profile of a workload that has a vector version of its own")
     packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
-    print(f"Python {platform.python_version()}, {', '.join(f'{x} {version(x)}' for x in packages)}")
+    print(f"Python {platform.python_version()}, {', '.join(map(installed, packages))}")
     model = (
         re.search("model name\t: (.*)", Path("/proc/cpuinfo").read_text())
         if sys.platform == "linux"
         else None
     )
     processor = model[1] if model else platform.processor()
-    print(f"{processor}, {os.cpu_count()} cores; median (lowest to highest) of {options.runs} runs\n")
+    load = f"load {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
+    print(f"{processor}, {os.cpu_count()} cores, {load}")
+    if not options.profile:
+        print(f"median (lowest to highest) of {options.runs} runs\n")
     if options.profile:
-        profile(options.profile, options.mode)
+        profile(options.profile, NATIVE if options.native else SYNC)
     elif options.modes:
         modes(options.runs)
     else:
