@@ -162,7 +162,8 @@ def make_envs(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
         envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
         if video:
             folder, prefix = os.path.split(video)
-            envs = RecordVideo(envs, folder, lambda _: True, video_length=2000, name_prefix=prefix)
+            options = {"episode_trigger": lambda _: True, "video_length": 2000, "name_prefix": prefix}
+            envs = RecordVideo(envs, folder, **options)
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
         hint = f"; try `pip install {cause.name.split('.')[0]}`" if getattr(cause, "name", None) else ""
