@@ -44,6 +44,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.wrappers.vector import FlattenObservation, RecordEpisodeStatistics, RecordVideo
 from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 
 # --- 1. Arguments ------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # the environment's arguments, as '{"size": 5}'
     num_envs: int = 4  # N, environments that are stepped side by side
-    # sync: one process; async: one each, pays from 0.3 ms a step; vector_entry_point: native, from 10 envs
+    # sync: all in this process; async: a process for each; vector_entry_point: the environment's own
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
     total_timesteps: int = 500_000  # steps of all environments together, in whole rollouts; annealed to here
     learning_rate: float = 2.5e-4  # alpha, the step size of Adam
@@ -198,8 +199,12 @@ class RunningStats(nn.Module):
         delta = x.mean(0) - mean
         var = (1 - weight) * (std**2 + weight * delta**2) + weight * x.var(0, correction=0)
         self.mean.copy_(mean + weight * delta)
-        self.std.copy_(var.sqrt().clamp(min=1e-4))  # a constant is not to be blown up without bound
+        self.std.copy_(var.sqrt())
         self.count += len(x)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """x (B, *shape) in standard deviations, clipped to +-10; a constant is not blown up without bound."""
+        return (x / self.std.clamp(min=1e-4)).clamp(-10, 10)
 
 
 def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequential:
@@ -209,36 +214,6 @@ def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequen
         nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*[module for layer in layers for module in (layer, activation())][:-1])
-
-
-class Categorical:
-    """C independent choices, or one where C is missing, by finite logits (B, C, options) [37] #37.
-
-    To evaluate actions (B, C) only, in which it is three times as fast as that of torch.distributions.
-    """
-
-    def __init__(self, logits: Tensor):
-        self.logp = logits.log_softmax(-1)  # (B, C, options)
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        return self.logp.gather(-1, action.unsqueeze(-1)).flatten(1).sum(1)  # (B,)
-
-    def entropy(self) -> Tensor:
-        return -(self.logp.exp() * self.logp).flatten(1).sum(1)  # (B,)
-
-
-class Gaussian:
-    """Independent normal variables by means (B, D) and log sigma (D,), the same in all rows [37] #23, #25."""
-
-    def __init__(self, mean: Tensor, log_std: Tensor):
-        self.mean, self.log_std = mean, log_std
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        z = (action - self.mean) / self.log_std.exp()  # (B, D)
-        return -0.5 * z.square().sum(1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()  # (B,)
-
-    def entropy(self) -> Tensor:
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(self.mean))  # (B,)
 
 
 class Agent(nn.Module):
@@ -284,18 +259,21 @@ class Agent(nn.Module):
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Observations as the networks see them [37] #28-29."""
-        stats = self.obs_stats
-        return obs if stats is None else ((obs - stats.mean) / stats.std).clamp(-10, 10)
+        return obs if self.obs_stats is None else self.obs_stats.scale(obs - self.obs_stats.mean)
 
     def output(self, features: Tensor) -> Tensor:
         """The policy network's output: logits (B, options) or (B, C, options), or means (B, D)."""
         output = self.actor(features)
         return output if self.padding is None else output.view(-1, *self.padding.shape) + self.padding
 
-    def forward(self, obs: Tensor) -> tuple[Categorical | Gaussian, Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
         features = self.normalize(obs)
         output, value = self.output(features), self.critic(features).squeeze(-1)
-        return Categorical(output) if self.log_std is None else Gaussian(output, self.log_std), value
+        if self.log_std is not None:
+            dist = Normal(output, self.log_std.exp(), validate_args=False)  # [37] #23
+        else:
+            dist = Categorical(logits=output, validate_args=False)
+        return Independent(dist, len(self.action_shape), validate_args=False), value  # [37] #25, #37
 
     @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
@@ -303,7 +281,7 @@ class Agent(nn.Module):
         output = self.output(self.normalize(obs))
         if self.log_std is not None:
             return output if greedy else output + self.log_std.exp() * torch.randn_like(output)
-        # Gumbel-max, where -log of Exp(1) noise is Gumbel: several times faster than drawing from softmax.
+        # Gumbel-max, where -log of Exp(1) noise is Gumbel: several times faster than Categorical.sample().
         return (output if greedy else output - torch.empty_like(output).exponential_().log()).argmax(-1)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
@@ -373,7 +351,7 @@ def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: floa
     # Value loss: with clipping, the larger of the errors of V and of V within epsilon of V_old [37] #9.
     error = (value - minibatch.ret).square()  # (M,)
     if args.clip_vloss:
-        clipped = value.clamp(minibatch.value - clip_coef, minibatch.value + clip_coef)
+        clipped = minibatch.value + (value - minibatch.value).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - minibatch.ret).square())
     value_loss = 0.5 * error.mean()
     entropy = dist.entropy().mean()
@@ -399,30 +377,6 @@ def logprob_and_value(agent: Agent, obs: Tensor, action: Tensor) -> tuple[Tensor
     return logprob[:-1], value
 
 
-class Adam(nn.Module):
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on one vector (P,), of which the P parameters become views.
-
-    Make it when they have their device and type. It takes half of the time of torch.optim's on small networks
-    and does without its import of a compiler, which lasts as long as all of the other start-up.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]):
-        super().__init__()
-        self.vector = nn.utils.parameters_to_vector(parameters).detach()
-        nn.utils.vector_to_parameters(self.vector, parameters)  # makes views
-        self.register_buffer("moments", self.vector.new_zeros(2, len(self.vector)))  # first and second
-        self.register_buffer("count", torch.tensor(0))  # stays on the CPU, where reading it does not wait
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        """Move the parameters against the gradient (P,), by algorithm 1 in the faster order of section 2."""
-        (mean, square), count = self.moments, self.count.add_(1).item()
-        mean.lerp_(gradient, 1 - 0.9)
-        square.lerp_(gradient.square(), 1 - 0.999)
-        root = math.sqrt(1 - 0.999**count)  # of the bias correction of square, moved out of the square root
-        step_size = learning_rate * root / (1 - 0.9**count)
-        self.vector.addcdiv_(mean, square.sqrt() + 1e-5 * root, value=-step_size)  # eps = 1e-5 [37] #3
-
-
 # --- 5. Training loop --------------------------------------------------------------------------------------
 def train(args: Args) -> Agent:
     """Train an agent, write to runs/<run>/, evaluate and return it; sets all seeds and torch's threads.
@@ -439,9 +393,8 @@ def train(args: Args) -> Agent:
     with ExitStack() as stack:
         envs = stack.enter_context(closing_envs(make_envs(args)))
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-        parameters = [x for x in agent.parameters() if x.requires_grad]
-        max_norm = args.max_grad_norm or math.inf
-        optimizer = Adam(parameters)
+        parameters, max_norm = list(agent.parameters()), args.max_grad_norm or math.inf
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37] #3
         rollout = Rollout(
             np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32),
             np.zeros((T, N, *agent.action_shape), agent.action_dtype),
@@ -469,6 +422,7 @@ def train(args: Args) -> Agent:
             remaining = 1 - iteration / args.num_iterations
             clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
             learning_rate = float(args.learning_rate) * (remaining if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = learning_rate
 
             # Rollout: act for T steps, from where the last rollout ended [37] #1.
             rollout.obs[0] = rollout.obs[T]
@@ -488,7 +442,7 @@ def train(args: Args) -> Agent:
             reward = data.reward
             if agent.return_stats is not None:
                 agent.return_stats.update(data.discounted[data.valid])
-                reward = (reward / agent.return_stats.std).clamp(-10, 10)
+                reward = agent.return_stats.scale(reward)
             logprob, value = logprob_and_value(agent, data.obs, data.action)
             gae_args = (data.terminated, data.done, args.gamma, args.gae_lambda)
             advantage, ret = gae(reward, value, *gae_args)
@@ -504,7 +458,8 @@ def train(args: Args) -> Agent:
                 order = rows[torch.randperm(len(rows), device=device)]
                 columns = (data.obs[:-1], data.action, logprob, value[:-1], advantage, ret)
                 shuffled = [x.flatten(0, 1)[order] for x in columns]  # indexed once an epoch, then only split
-                for minibatch in map(Minibatch, *(x.tensor_split(args.num_minibatches) for x in shuffled)):
+                for part in zip(*(x.tensor_split(args.num_minibatches) for x in shuffled), strict=True):
+                    minibatch = Minibatch(*part)
                     if args.norm_adv:  # [37] #7
                         adv = minibatch.advantage
                         minibatch = minibatch._replace(advantage=(adv - adv.mean()) / (adv.std() + 1e-8))
@@ -513,11 +468,10 @@ def train(args: Args) -> Agent:
                     stop = args.target_kl is not None and info["approx_kl"].item() > args.target_kl
                     if stop:
                         break
-                    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-                    gradient = torch.cat([x.flatten() for x in gradients])  # (P,), of all parameters
-                    info["grad_norm"] = norm = gradient.norm()
-                    gradient *= (max_norm / norm).clamp(max=1)  # clip the global norm [37] #11
-                    optimizer.step(gradient, learning_rate)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)  # [37] #11
+                    optimizer.step()
                     infos.append(info)
                 if stop:
                     break
@@ -575,7 +529,7 @@ def check_finite(columns: dict[str, np.ndarray]) -> None:
 class Run:
     """The folder of a run, with its checkpoints and TensorBoard's log, and what the console shows."""
 
-    def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, optimizer: Adam):
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, optimizer: torch.optim.Adam):
         self.args, self.agent, self.optimizer = replace(args, resume=None), agent, optimizer
         self.batch_size = int(args.num_envs * args.num_steps)
         start = load(args.resume) if args.resume else {}
@@ -635,7 +589,7 @@ class Run:
         mean = sum(recent[0]) / 100 if len(recent[0]) == 100 else -math.inf
         names = ["best.pt", "checkpoint.pt"] if mean > self.best else ["checkpoint.pt"]
         self.best, step = max(mean, self.best), iteration * self.batch_size
-        content = {"format": 2, "args": plain(self.args), "iteration": iteration, "global_step": step}
+        content = {"format": 1, "args": plain(self.args), "iteration": iteration, "global_step": step}
         content |= {"recent": recent, "best": self.best}
         content |= {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(content, buffer := io.BytesIO())
@@ -661,15 +615,15 @@ def plain(args: Args) -> dict:
     return json.loads(json.dumps(vars(args), default=lambda x: getattr(x, "tolist", x.__str__)()))
 
 
-def load(path: str, **parts: nn.Module) -> dict:
+def load(path: str, **parts: Agent | torch.optim.Optimizer) -> dict:
     """Read the checkpoint at path, a run's folder or a .pt file; restore the parts agent and optimizer."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         if zipfile.ZipFile(path).testzip():  # torch itself checks no checksums
             raise ValueError("it is damaged")
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))  # executes nothing
-        if checkpoint["format"] != 2:
-            raise ValueError(f"its format is {checkpoint['format']}, not 2")
+        if checkpoint["format"] != 1:
+            raise ValueError(f"its format is {checkpoint['format']}, not 1")
         hidden_sizes = tuple(checkpoint["args"].pop("hidden_sizes"))  # a list in the file
         checkpoint["args"] = Args(**checkpoint["args"], hidden_sizes=hidden_sizes)
         for name, part in parts.items():
