@@ -105,7 +105,7 @@ def test_independent_choices():
     torch.manual_seed(0)
     space = spaces.MultiDiscrete([3, 1, 2])
     agent = ppo.Agent(OBS, space, ppo.Args(norm_obs=False))
-    torch.nn.init.normal_(agent.actor[-1].weight)
+    torch.nn.init.normal_(agent.actor[-2].weight)
     obs = torch.randn(1, 3)
     logits = agent.actor(obs).view(3, 3)
     p = [logits[0].softmax(0), logits[1, :1].softmax(0), logits[2, :2].softmax(0)]
@@ -115,6 +115,12 @@ def test_independent_choices():
         assert dist.log_prob(torch.tensor([action])).exp().item() == pytest.approx(probability, rel=1e-5)
     entropy = -sum(q * math.log(q) for q in joint.values())
     assert dist.entropy().item() == pytest.approx(entropy, rel=1e-5)
+    (gradient,) = torch.autograd.grad(
+        dist.log_prob(torch.tensor([[2, 0, 1]])) + dist.entropy(), agent.actor[-2].bias
+    )
+    missing = [4, 5, 8]
+    assert not gradient[missing].any()  # so training never brings a missing option back
+    assert gradient[[0, 1, 2, 6, 7]].all()
 
 
 def test_gaussian():
@@ -132,22 +138,48 @@ def test_gaussian():
     assert agent.scalars() == {"charts/action_std": pytest.approx(std)}
 
 
+@pytest.mark.parametrize("name", ["discrete", "multidiscrete", "multibinary", "box"])
+def test_distributions_are_those_of_torch(name):
+    """Values and gradients of log-probability and entropy against torch.distributions."""
+    torch.manual_seed(0)
+    agent = ppo.Agent(OBS, ACTIONS[name], ppo.Args(log_std_init=-0.3))
+    torch.nn.init.normal_(agent.actor[4].weight)
+    obs = torch.randn(50, 3)
+    action, output = agent.act(obs), agent.actor(agent.normalize(obs))
+    if name == "box":
+        base = torch.distributions.Normal(output, agent.log_std.exp())
+    else:
+        base = torch.distributions.Categorical(logits=output)
+    expected = torch.distributions.Independent(base, len(agent.action_shape))
+    parameters, dist = [*agent.actor.parameters(), *([agent.log_std] if name == "box" else [])], agent(obs)[0]
+    pairs = (dist.log_prob(action), expected.log_prob(action)), (dist.entropy(), expected.entropy())
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+        weight = torch.linspace(-1, 2, 50)
+        gradients = [
+            torch.autograd.grad((weight * x).sum(), parameters, retain_graph=True, materialize_grads=True)
+            for x in (ours, theirs)
+        ]
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["discrete", "multidiscrete", "box"])
 def test_acting_samples_from_the_distribution_that_is_learnt(name):
     """200,000 draws: frequencies and moments within five standard errors of what `agent(obs)` says."""
     torch.manual_seed(0)
     n = 200_000
     agent = ppo.Agent(OBS, ACTIONS[name], ppo.Args(log_std_init=0.3))
-    torch.nn.init.normal_(agent.actor[-1].weight, std=0.3)
+    torch.nn.init.normal_(agent.actor[4].weight, std=0.3)
     obs = torch.randn(1, 3)
     with torch.no_grad():
         action, (dist, _) = agent.act(obs.expand(n, 3)), agent(obs)
     if name == "box":
-        mean, std = dist.base_dist.mean[0], dist.base_dist.stddev[0]
+        mean, std = dist.output[0], dist.log_std.exp()
         assert torch.all((action.mean(0) - mean).abs() < 5 * std / math.sqrt(n))
         assert torch.all((action.std(0) - std).abs() < 5 * std / math.sqrt(2 * n))
         return
     combinations, counts = action.view(n, -1).unique(dim=0, return_counts=True)
+    dist, _ = agent(obs.expand(len(combinations), 3))
     p = dist.log_prob(combinations.view(len(combinations), *agent.action_shape)).exp()
     assert len(combinations) == {"discrete": 3, "multidiscrete": 30}[name]
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
@@ -163,7 +195,7 @@ def test_policy_and_value_function_both_see_scaled_observations():
     )  # means 1, 20, -4, deviations 1, 10, 0
     dist, value = agent(torch.tensor([[2.0, 25.0, -4.0]]))
     expected_dist, expected_value = plain(torch.tensor([[1.0, 0.5, 0.0]]))
-    torch.testing.assert_close(dist.mean, expected_dist.mean)
+    torch.testing.assert_close(dist.output, expected_dist.output)
     torch.testing.assert_close(value, expected_value)
 
 

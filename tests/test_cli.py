@@ -252,6 +252,16 @@ def test_progress_on_a_terminal_is_one_line(tmp_path):
     assert re.match(r"18,432 steps \(90%\), [\d,]+ steps/s, return \d+\.\d, length", updates[35])
 
 
+def test_training_and_evaluating_import_no_compiler(tmp_path):
+    """Any of torch's own optimizers would, which takes longer than a run of some iterations."""
+    code = "ppo.train(ppo.Args(total_timesteps=512)); sys.exit('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", f"import sys, ppo; {code}"]
+    assert (
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PPO.parent)}).returncode
+        == 0
+    )
+
+
 def test_import_has_no_side_effects(tmp_path):
     code = "import torch; n = torch.get_num_threads(); import ppo; assert torch.get_num_threads() == n"
     env = {**os.environ, "PYTHONPATH": str(PPO.parent), "PYTHONDONTWRITEBYTECODE": "1"}

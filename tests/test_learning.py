@@ -15,7 +15,7 @@ def mean_return(seed, **flags):
         obs, total, done = env.reset(seed=episode)[0], 0.0, False
         while not done:
             with torch.no_grad():
-                action = agent(torch.from_numpy(obs).unsqueeze(0))[0].mode.numpy()
+                action = agent.act(torch.from_numpy(obs).unsqueeze(0), greedy=True).numpy()
             obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
             total, done = total + reward, terminated or truncated
         returns.append(total)

@@ -198,9 +198,7 @@ def test_values_come_in_chunks_of_the_whole():
     logprob, value = ppo.logprob_and_value(agent, obs, action)
     with torch.no_grad():
         dist, expected_value = agent(obs.flatten(0, 1))
-        expected_logprob = dist.base_dist.logits.gather(1, torch.cat([action, action[:1]]).view(-1, 1)).view(
-            5002, 2
-        )[:-1]
+        expected_logprob = dist.log_prob(torch.cat([action, action[:1]]).flatten()).view(5002, 2)[:-1]
     torch.testing.assert_close(value, expected_value.view(5002, 2))
     torch.testing.assert_close(logprob, expected_logprob)
 

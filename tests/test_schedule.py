@@ -3,6 +3,7 @@
 import gymnasium as gym
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo
 
@@ -10,13 +11,13 @@ import ppo
 @pytest.fixture
 def steps(monkeypatch):
     """The learning rate of every optimizer step while the test trains."""
-    rates, original = [], torch.optim.Adam.step
+    rates, original = [], ppo.Adam.step
 
-    def step(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
-        return original(self, *args, **kwargs)
+    def step(self, gradient, learning_rate):
+        rates.append(learning_rate)
+        return original(self, gradient, learning_rate)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(ppo.Adam, "step", step)
     return rates
 
 
@@ -96,14 +97,13 @@ def test_without_a_target_nothing_stops(updates, steps):
 
 
 def test_gradients_are_clipped_by_their_global_norm(monkeypatch):
-    norms, original = [], torch.optim.Adam.step
+    norms, original = [], ppo.Adam.step
 
-    def step(self, *args, **kwargs):
-        grads = [p.grad for p in self.param_groups[0]["params"]]
-        norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
-        return original(self, *args, **kwargs)
+    def step(self, gradient, learning_rate):
+        norms.append(gradient.norm().item())
+        return original(self, gradient, learning_rate)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(ppo.Adam, "step", step)
     ppo.train(ppo.Args(total_timesteps=512, max_grad_norm=0.01))
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
     norms.clear()
@@ -123,18 +123,84 @@ def test_advantages_are_normalised_by_minibatch(updates):
         torch.testing.assert_close(minibatch.advantage, minibatch.ret - minibatch.value, atol=1e-5, rtol=1e-5)
 
 
-def test_optimizer(monkeypatch):
-    made, original = [], torch.optim.Adam.__init__
+def test_adam_is_that_of_torch():
+    """100 steps of gradients of very different sizes, saved and restored in the middle."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    copy = [torch.nn.Parameter(x.detach().clone()) for x in net.parameters()]
+    ours, theirs = ppo.Adam(list(net.parameters())), torch.optim.Adam(copy, eps=1e-5)
+    for step in range(100):
+        for x in copy:
+            x.grad = torch.randn_like(x) * 10.0 ** torch.randint(-7, 2, x.shape)
+        theirs.param_groups[0]["lr"] = learning_rate = 1e-3 * (1 - step / 100)
+        theirs.step()
+        if step == 50:  # as in a run that is resumed
+            state = {name: x.clone() for name, x in ours.state_dict().items()}
+            ours = ppo.Adam(list(net.parameters()))
+            ours.load_state_dict(state)
+        ours.step(torch.cat([x.grad.flatten() for x in copy]), learning_rate)
+        for x, expected in zip(net.parameters(), copy, strict=True):
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-7)
 
-    def init(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        made.append(self)
 
-    monkeypatch.setattr(torch.optim.Adam, "__init__", init)
-    agent = ppo.train(ppo.Args(total_timesteps=64, num_steps=16))
+def test_all_parameters_are_views_of_the_optimizers_vector(monkeypatch):
+    """And stay so when weights are loaded."""
+    made, original = [], ppo.Adam.__init__
+    monkeypatch.setattr(ppo.Adam, "__init__", lambda self, x: original(self, x) or made.append(self))
+    args = ppo.Args(env_id="Pendulum-v1", total_timesteps=64, num_steps=16, run_name="a")
+    agent = ppo.train(args)
+    ppo.load(ppo.os.path.join("runs", "a"), agent=agent)
+    before = {name: x.clone() for name, x in agent.named_parameters()}
     (optimizer,) = made
-    assert optimizer.defaults["eps"] == 1e-5
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in agent.parameters()}
+    optimizer.moments.zero_()
+    optimizer.count.zero_()
+    optimizer.step(torch.ones_like(optimizer.vector), 0.1)
+    for name, x in agent.named_parameters():
+        torch.testing.assert_close(x, before[name] - 0.1)  # Adam's first step is as long as the learning rate
+
+
+def test_the_step_is_the_gradient_of_the_loss(monkeypatch):
+    """Of every minibatch, by torch's own backward and clipping."""
+    steps, original = [], ppo.Adam.step
+    monkeypatch.setattr(ppo.Adam, "step", lambda *args: steps.append(args[1].clone()) or original(*args))
+    losses, loss = [], ppo.ppo_loss
+
+    def record(agent, *args):
+        result = loss(agent, *args)
+        agent.zero_grad()
+        result[0].backward(retain_graph=True)
+        norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
+        losses.append((norm.item(), torch.cat([x.grad.flatten() for x in agent.parameters()])))
+        return result
+
+    monkeypatch.setattr(ppo, "ppo_loss", record)
+    ppo.train(ppo.Args(total_timesteps=512 * 2, max_grad_norm=1.0, run_name="a"))
+    assert len(steps) == len(losses) == 32
+    for ours, (_, expected) in zip(steps, losses, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+    norms = [norm for norm, _ in losses]
+    assert min(norms) < 1 < max(norms), "both are covered"
+    logged = [event.value for event in EventAccumulator("runs/a").Reload().Scalars("losses/grad_norm")]
+    assert logged == pytest.approx([sum(norms[:16]) / 16, sum(norms[16:]) / 16])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_that_are_not_used_or_frozen(frozen, monkeypatch):
+    """A fork may have both; neither changes."""
+
+    class Agent(ppo.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.spare = torch.nn.Linear(3, 3)
+            self.spare.requires_grad_(not frozen)
+            self.actor[0].bias.requires_grad_(not frozen)
+            self.initial = [x.detach().clone() for x in (*self.spare.parameters(), self.actor[0].bias)]
+
+    monkeypatch.setattr(ppo, "Agent", Agent)
+    agent = ppo.train(ppo.Args(total_timesteps=512))
+    now = [*agent.spare.parameters(), agent.actor[0].bias]
+    same = [torch.equal(x, y) for x, y in zip(now, agent.initial, strict=True)]
+    assert same == [True, True, frozen]
 
 
 def test_dual_clip_is_used(updates):

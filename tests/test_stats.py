@@ -28,15 +28,24 @@ def test_running_statistics_equal_two_pass_numpy():
 
 
 def test_scaling():
-    stats = ppo.RunningStats((2,))
+    agent = ppo.Agent(ppo.spaces.Box(-99, 99, (2,)), ppo.spaces.Discrete(2), ppo.Args())
     x = torch.tensor([[3.0, -50.0], [1.0, 7.0]])
-    assert torch.equal(stats.scale(x), torch.tensor([[3.0, -10.0], [1.0, 7.0]])), (
-        "the identity at first, but clipped"
-    )
-    stats.update(torch.tensor([[0.0, 7.0], [4.0, 7.0]]))
-    assert torch.equal(stats.scale(torch.tensor([[3.0, 0.0]])), torch.tensor([[1.5, 0.0]])), (
-        "a constant stays finite"
-    )
+    clipped = torch.tensor([[3.0, -10.0], [1.0, 7.0]])
+    assert torch.equal(agent.normalize(x), clipped), "the identity at first, but clipped"
+    for _ in range(3):
+        agent.obs_stats.update(torch.tensor([[0.0, 7.0], [4.0, 7.0]]))
+    assert agent.obs_stats.std.tolist() == pytest.approx([2, 1e-4]), "a constant keeps the smallest deviation"
+    x = torch.tensor([[3.0, 7.0], [2.0, 7.0005], [2.0, 8.0]])
+    expected = torch.tensor([[0.5, 0.0], [0.0, 5.0], [0.0, 10.0]])
+    torch.testing.assert_close(agent.normalize(x), expected, atol=0.01, rtol=0)
+
+
+def test_what_was_constant_and_then_varies_has_its_true_deviation():
+    rows = np.concatenate([np.full(500, 3.0), np.random.default_rng(0).normal(3, 0.01, 500)])
+    stats = ppo.RunningStats(())
+    for chunk in np.split(rows.astype(np.float32), 10):
+        stats.update(torch.from_numpy(chunk))
+    assert stats.std.item() == pytest.approx(rows.std(), rel=1e-3)
 
 
 def test_the_first_observations_pass_unscaled_and_the_next_are_scaled(monkeypatch):

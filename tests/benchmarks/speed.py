@@ -251,7 +251,7 @@ def profile(name, mode):
     parts = {
         "rollout": {"envs.step": None, "Agent.act": ppo.Agent, "Agent.to_env": ppo.Agent},  # see timed_envs
         "advantages": {"logprob_and_value": ppo, "gae": ppo},
-        "update": {"ppo_loss": ppo, "Tensor.backward": torch.Tensor, "Adam.step": torch.optim.Adam},
+        "update": {"ppo_loss": ppo, "torch.autograd.grad": torch.autograd, "Adam.step": ppo.Adam},
         "log": {},
     }
     for owners in parts.values():
