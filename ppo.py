@@ -253,7 +253,7 @@ class Agent(nn.Module):
             bounds = np.where((abs(bounds) <= 1e6).all(-1, keepdims=True), bounds, (-1, 1))
             self.scale, self.shift = np.diff(bounds)[..., 0] / 2, bounds.mean(-1)
         else:
-            raise InputError(f"Action space {action_space} is not supported; Discrete, Multi... and Box are.")
+            raise InputError(f"Actions {action_space} are not supported (Discrete, Multi..., float Box are).")
         inputs = math.prod(observation_space.shape)
         activation = nn.Tanh if args.activation == "tanh" else nn.ReLU
         self.actor = mlp([inputs, *args.hidden_sizes, num_outputs], activation, gain=0.01)
