@@ -102,25 +102,22 @@ class InputError(ValueError):
     """What the user asked for cannot be done; the message says why."""
 
 
-RANGES = {  # valid values; every comparison with nan is False, so nan is refused everywhere
-    "seed eval_episodes": ("a whole number from 0", lambda x: index(x) >= 0),
+RANGES = {  # valid values beside None, where a flag's type has it; all comparisons with nan are False
+    "seed eval_episodes checkpoint_interval": ("a whole number from 0", lambda x: index(x) >= 0),
     "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
     "num_envs num_steps num_minibatches update_epochs": ("a whole number from 1", lambda x: index(x) >= 1),
     "total_timesteps": ("a whole number from 1", lambda x: index(x) >= 1),
     "hidden_sizes": ("whole numbers from 1", lambda x: all(index(units) >= 1 for units in x)),
-    "checkpoint_interval": ("a whole number from 0, or None", lambda x: x is None or index(x) >= 0),
     "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
     "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "clip_coef": ("finite and above 0", lambda x: 0 < x < math.inf),
-    "max_grad_norm target_kl": ("finite and above 0, or None", lambda x: x is None or 0 < x < math.inf),
-    "dual_clip": ("finite and above 1, or None", lambda x: x is None or 1 < x < math.inf),
+    "clip_coef max_grad_norm target_kl": ("finite and above 0", lambda x: 0 < x < math.inf),
+    "dual_clip": ("finite and above 1", lambda x: 1 < x < math.inf),
     "log_std_init": ("from -20 to 2", lambda x: -20 <= x <= 2),
     "resume evaluate": ("a path", lambda x: x != ""),
     "activation": ("tanh or relu", lambda x: x in ("tanh", "relu")),
     "env_kwargs": ("a JSON object, such as '{\"size\": 5}'", lambda x: isinstance(x, dict)),
 }
-CHANGEABLE = {"total_timesteps", "checkpoint_interval", "device", "resume", "evaluate"}  # of a saved run
-CHANGEABLE |= {"eval_episodes", "eval_stochastic", "capture_video"}
+CHANGEABLE = "total_timesteps checkpoint_interval device eval_episodes eval_stochastic capture_video"
 
 
 def check(args: Args) -> None:
@@ -129,39 +126,36 @@ def check(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             with suppress(Exception):  # as raised for a value of another kind
-                if holds(value):
+                if (value is None and isinstance(None, Args.__annotations__[name])) or holds(value):
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
         raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
-    if args.resume and args.evaluate:
-        raise InputError("--resume and --evaluate exclude each other.")
-    if path := args.resume or args.evaluate:
-        old, new = plain(load(path)["args"]), plain(args)
-        flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE and new[x] != old[x]]
+    if path := args.resume or args.evaluate:  # a saved run keeps its flags, but for those that are CHANGEABLE
+        mode = "resume" if args.resume else "evaluate"
+        old, new = plain(load(path)["args"]), plain(replace(args, **{mode: None}))
+        flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE.split() and new[x] != old[x]]
         if flags:
-            raise InputError(f"{', '.join(flags)} cannot be given: {path} was started with other values.")
+            raise InputError(f"{', '.join(flags)} cannot be given: --{mode} {path} has other values.")
     if args.capture_video:  # a missing renderer shows now, not after the training
-        with TemporaryDirectory() as tmp, closing(make_envs(replace(args, num_envs=1), f"{tmp}/v/")) as envs:
+        args = replace(args, num_envs=1)
+        with TemporaryDirectory() as tmp, closing(make_envs(args, video_folder=f"{tmp}/videos")) as envs:
             envs.reset()
 
 
 # --- 2. Environments ---------------------------------------------------------------------------------------
-def make_envs(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, **video: str) -> gym.vector.VectorEnv:
     """Make the vector environment of a run, with observations flattened to vectors where necessary.
 
-    Its `return_queue` and `length_queue` have the raw returns and lengths of episodes. With video, which the
-    names of files begin with, episodes are filmed. Raises InputError if it cannot be made.
+    Its `return_queue` and `length_queue` have the raw returns and lengths of episodes. With video, arguments
+    of RecordVideo such as `video_folder`, episodes are filmed. Raises InputError if it cannot be made.
     """
     kwargs = args.env_kwargs | ({"render_mode": "rgb_array"} if video else {})
     try:
-        if args.env_id.startswith("ALE/"):
-            import ale_py  # noqa: F401 (registers them)
-        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
+        module = "ale_py:" if args.env_id.startswith("ALE/") else ""  # which registers them
+        envs = gym.make_vec(module + args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
         if video:
-            folder, prefix = os.path.split(video)
-            options = {"episode_trigger": lambda _: True, "video_length": 2000, "name_prefix": prefix}
-            envs = RecordVideo(envs, folder, **options)
+            envs = RecordVideo(envs, episode_trigger=lambda _: True, video_length=2000, **video)
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
         hint = f"; try `pip install {cause.name.split('.')[0]}`" if getattr(cause, "name", None) else ""
@@ -401,8 +395,7 @@ def train(args: Args) -> Agent:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     env_seed = reseed(args)
     T, N = args.num_steps, args.num_envs
-    with ExitStack() as stack:
-        envs = stack.enter_context(closing_envs(make_envs(args)))
+    with closing_envs(make_envs(args)) as envs, ExitStack() as stack:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         parameters = [x for x in agent.parameters() if x.requires_grad]
         optimizer = Adam(parameters)  # torch.optim's takes twice as long here, and a second to be imported
@@ -510,15 +503,14 @@ def closing_envs(envs: gym.vector.VectorEnv):
     """Close the environments at the end; after a failure, without waiting for workers, which may be dead."""
     try:
         yield envs
-    except BaseException:
+        envs.close()
+    finally:
         for worker in getattr(envs.unwrapped, "processes", ()):
             envs.unwrapped.closed = True  # or Gymnasium would wait for an answer
             worker.terminate()
             worker.join(0.5)  # for it to close its environment
             worker.kill()
         envs.unwrapped.close()  # without the wrappers, of which one may be filming
-        raise
-    envs.close()
 
 
 def check_finite(columns: dict[str, np.ndarray]) -> None:
@@ -648,8 +640,8 @@ def evaluate(path: str, args: Args) -> None:
     check(replace(args, device="auto"))  # it runs on the CPU
     step, env_seed, returns = load(path)["global_step"], reseed(args), np.zeros(args.eval_episodes or 10)
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    video = f"{folder}/videos/step-{step}" if args.capture_video else None
-    with closing_envs(make_envs(replace(args, num_envs=1), video)) as envs:
+    video = {"video_folder": f"{folder}/videos", "name_prefix": f"step-{step}"} if args.capture_video else {}
+    with closing_envs(make_envs(replace(args, num_envs=1), **video)) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args)
         load(path, agent=agent)
         for episode in range(len(returns)):
