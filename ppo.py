@@ -194,6 +194,13 @@ class RunningStats(nn.Module):
         self.count += len(x)
 
 
+class Tanh(nn.Module):
+    """tanh; of many elements as 2 sigmoid(2x) - 1, which torch computes in a quarter of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.numel() < 50_000 else (2 * x).sigmoid_().mul(2).sub_(1)
+
+
 def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequential:
     """A multilayer perceptron; orthogonal weights, by sqrt 2 inside and `gain` at the output [37] #2."""
     layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
@@ -249,7 +256,7 @@ class Agent(nn.Module):
         else:
             raise InputError(f"Actions {action_space} are not supported (Discrete, Multi..., float Box are).")
         inputs = math.prod(observation_space.shape)
-        activation = nn.Tanh if args.activation == "tanh" else nn.ReLU
+        activation = Tanh if args.activation == "tanh" else nn.ReLU
         self.actor = mlp([inputs, *args.hidden_sizes, num_outputs], activation, gain=0.01)
         self.critic = mlp([inputs, *args.hidden_sizes, 1], activation, gain=1.0)
         if missing is not None:  # a bias rules out the options that a choice lacks; no gradient reaches it

@@ -228,6 +228,18 @@ def test_initialisation():
             assert torch.all(layer.bias == 0)
 
 
+@pytest.mark.parametrize("n", [1_000, 60_000])  # computed in two ways
+def test_tanh_is_that_of_torch(n):
+    """Value and gradient against torch.tanh, within the rounding of float32, far out too."""
+    x = torch.linspace(-100, 100, n).asinh_().mul_(3).requires_grad_()
+    ours, theirs = ppo.Tanh()(x), torch.tanh(x)
+    torch.testing.assert_close(ours, theirs, atol=2.5e-7, rtol=0)
+    weight = torch.linspace(-1, 2, n)
+    gradients = (torch.autograd.grad(y, x, weight)[0] for y in (ours, theirs))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+    assert torch.equal(x, torch.linspace(-100, 100, n).asinh_().mul_(3)), "the input is left alone"
+
+
 def test_network_flags():
     agent = ppo.Agent(OBS, spaces.Discrete(2), ppo.Args(hidden_sizes=(16, 8, 4), activation="relu"))
     for network in (agent.actor, agent.critic):
