@@ -89,7 +89,7 @@ class Args:
     # iterations between checkpoints, where all episodes are cut (0: at the end only; None: >= 10,000 steps)
     checkpoint_interval: int | None = None
     evaluate: str | None = None  # folder of a run, or a .pt file of one, to evaluate without training
-    eval_episodes: int = 10  # episodes of the evaluation, which also follows a training (0: none)
+    eval_episodes: int = 10  # episodes of the evaluation, also after a training (0: none, by --evaluate 10)
     eval_stochastic: bool = False  # sample the actions of the evaluation (off: take the likeliest)
     capture_video: bool = False  # film the evaluation, into videos/ of the run, 2,000 frames of an episode
 
@@ -113,7 +113,8 @@ RANGES = {  # valid values beside None, where a flag's type has it; all comparis
     "clip_coef max_grad_norm target_kl": ("finite and above 0", lambda x: 0 < x < math.inf),
     "dual_clip": ("finite and above 1", lambda x: 1 < x < math.inf),
     "log_std_init": ("from -20 to 2", lambda x: -20 <= x <= 2),
-    "resume evaluate": ("a path", lambda x: x != ""),
+    "resume": ("the folder of a run", os.path.isdir),
+    "evaluate": ("a path", lambda x: x != ""),
     "activation": ("tanh or relu", lambda x: x in ("tanh", "relu")),
     "env_kwargs": ("a JSON object, such as '{\"size\": 5}'", lambda x: isinstance(x, dict)),
 }
@@ -125,7 +126,7 @@ def check(args: Args) -> None:
     for names, (requirement, holds) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            with suppress(Exception):  # as raised for a value of another kind
+            with suppress(Exception):  # what cannot even be compared does not hold
                 if (value is None and isinstance(None, Args.__annotations__[name])) or holds(value):
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
@@ -136,7 +137,7 @@ def check(args: Args) -> None:
         old, new = plain(load(path)["args"]), plain(replace(args, **{mode: None}))
         flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE.split() and new[x] != old[x]]
         if flags:
-            raise InputError(f"{', '.join(flags)} cannot be given: --{mode} {path} has other values.")
+            raise InputError(f"{', '.join(flags)} cannot be given with --{mode} {path}: it keeps its own.")
     if args.capture_video:  # a missing renderer shows now, not after the training
         args = replace(args, num_envs=1)
         with TemporaryDirectory() as tmp, closing(make_envs(args, video_folder=f"{tmp}/videos")) as envs:
@@ -157,8 +158,8 @@ def make_envs(args: Args, **video: str) -> gym.vector.VectorEnv:
         if video:
             envs = RecordVideo(envs, episode_trigger=lambda _: True, video_length=2000, **video)
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
-        hint = f"; try `pip install {cause.name.split('.')[0]}`" if getattr(cause, "name", None) else ""
+        missing = [x.name for x in (error, error.__cause__) if isinstance(x, ModuleNotFoundError) and x.name]
+        hint = f" (try `pip install {missing[0].split('.')[0]}`)" if missing else ""
         raise InputError(f"Cannot make {args.env_id}: {type(error).__name__}: {error}{hint}") from error
     mode, space = envs.metadata.get("autoreset_mode"), envs.single_observation_space
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
@@ -195,7 +196,7 @@ class RunningStats(nn.Module):
 
 
 class Tanh(nn.Module):
-    """tanh; of many elements as 2 sigmoid(2x) - 1, which torch computes in a quarter of the time."""
+    """tanh; of many elements as 2 sigmoid(2x) - 1, where that saves more time than it costs (on CPUs)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.tanh() if x.numel() < 50_000 else (2 * x).sigmoid_().mul(2).sub_(1)
@@ -211,7 +212,7 @@ def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequen
 
 
 class Policy(NamedTuple):
-    """pi(.|s) of B states: independent normals or categoricals [37] #25, #37, 3 times as fast as torch's."""
+    """pi(.|s) of B states: independent normals [37] #23, #25, or, without log_std, categoricals [37] #37."""
 
     output: Tensor  # means (B, D), or log-probabilities of the options, (B, options) or (B, C, options)
     log_std: Tensor | None  # (D,), the same in all states
@@ -243,7 +244,7 @@ class Agent(nn.Module):
             num_outputs = int(action_space.n)
         elif isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary):
             options = np.ravel(getattr(action_space, "nvec", np.full(action_space.shape, 2)))  # (C,)
-            missing = np.arange(options.max()) >= options[:, None]  # (C, options), as many as any choice has
+            missing = np.arange(options.max()) >= options[:, None]  # (C, options), True where there is none
             num_outputs, self.action_shape = missing.size, options.shape
         elif isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
             num_outputs = math.prod(action_space.shape)
@@ -310,7 +311,7 @@ class Rollout(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """Rows to train on, with advantages that are normalised already."""
+    """Rows to train on, with advantages as the loss is to use them."""
 
     obs: Tensor  # (M, *obs)
     action: Tensor  # (M, *action_shape)
@@ -339,7 +340,7 @@ def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: floa
     """The scalar loss, which is the objective [PPO] eq. 9 negated, and detached scalars for logging."""
     dist, value = agent(minibatch.obs)
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob
-    ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 on the first minibatch of an iteration
+    ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1, but for rounding, on the first minibatch
     # Clipped surrogate: nothing is gained by moving the ratio away from 1 by more than epsilon [PPO] eq. 7.
     advantage = minibatch.advantage
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
@@ -485,7 +486,7 @@ def train(args: Args) -> Agent:
             if agent.obs_stats is not None:  # not before, as that would change the log-probabilities
                 agent.obs_stats.update(data.obs[:-1][data.valid])
             losses = {name: torch.stack([x[name] for x in infos]).cpu().numpy() for name in dict(*infos[:1])}
-            check_finite(losses)  # which is empty if the KL stop came before the first step
+            check_finite(losses)  # there are none, if the KL stop came before the first step
             scalars = {f"losses/{name}": x.mean() for name, x in losses.items()} | agent.scalars()
             scalars["losses/explained_variance"] = 1 - unexplained.item()
             run.log(iteration, scalars | {"charts/learning_rate": learning_rate})
@@ -511,7 +512,7 @@ def closing_envs(envs: gym.vector.VectorEnv):
     try:
         yield envs
         envs.close()
-    finally:
+    finally:  # which does nothing after a success
         for worker in getattr(envs.unwrapped, "processes", ()):
             envs.unwrapped.closed = True  # or Gymnasium would wait for an answer
             worker.terminate()

@@ -281,8 +281,12 @@ def test_resuming_twice_from_one_checkpoint_is_the_same(copy, tmp_path):
     assert (tmp_path / "runs/a/checkpoint.pt").read_bytes() == (
         tmp_path / "runs/b/checkpoint.pt"
     ).read_bytes()
-    with pytest.raises(ppo.InputError, match="--seed, --gamma cannot be given"):
+    with pytest.raises(ppo.InputError, match="--seed, --gamma cannot be given with --resume runs/a"):
         ppo.train(dataclasses.replace(args, resume="runs/a", seed=2, gamma=0.9))
+    with pytest.raises(ppo.InputError, match="--evaluate cannot be given with --resume runs/a"):
+        ppo.train(dataclasses.replace(args, resume="runs/a", evaluate="runs/b"))
+    with pytest.raises(ppo.InputError, match="--resume must be the folder of a run"):
+        ppo.train(dataclasses.replace(args, resume="runs/a/checkpoint.pt"))
 
 
 class Exploit:

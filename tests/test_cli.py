@@ -35,6 +35,7 @@ BAD_INPUT = {
     "unknown version": ("--env-id CartPole-v9", ["CartPole-v9", "v1"]),
     "malformed id": ("--env-id not/an/id!", ["not/an/id!"]),
     "missing module": ("--env-id no_such_module:Env-v0", ["pip install no_such_module"]),
+    "a name that a module lacks": ("--env-id lacking:Env-v0", ["cannot import name 'nothing'"]),
     "missing package": ("--env-id HalfCheetah-v5", ["MuJoCo", "pip install"]),
     "unknown keyword": ('--env-kwargs {"gravity":1}', ["gravity", "CartPole-v1"]),
     "missing namespace": ("--env-id ALE/Pong-v5", ["pip install ale_py"]),
@@ -120,8 +121,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name, bad_runs):
     lines = [line for line in result.stderr.splitlines() if "ppo.py: " in line]
     assert len(lines) == 1
     assert lines[0] == result.stderr.splitlines()[-1]
-    for part in BAD_INPUT.get(name, ("", [f"--{name.replace('_', '-')}"]))[1]:
+    parts = BAD_INPUT.get(name, ("", [f"--{name.replace('_', '-')}"]))[1]
+    for part in parts:
         assert part in lines[0]
+    assert ("pip install" in lines[0]) == ("pip install" in " ".join(parts))
     assert (runs, taken) == (["taken"], []), "nothing may be left behind"
 
 
