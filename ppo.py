@@ -406,7 +406,7 @@ def train(args: Args) -> Agent:
     with closing_envs(make_envs(args)) as envs, ExitStack() as stack:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         parameters = [x for x in agent.parameters() if x.requires_grad]
-        optimizer = Adam(parameters)  # torch.optim's takes twice as long here, and a second to be imported
+        optimizer = Adam(parameters)  # torch.optim's is slower on small networks, and imports a compiler
         obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
         action = np.zeros((T, N, *agent.action_shape), agent.action_dtype)
         rollout = Rollout(obs, action, *np.zeros((2, T, N), np.float32), *np.zeros((3, T, N), bool))

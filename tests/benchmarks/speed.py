@@ -1,6 +1,6 @@
 """How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) on the same work and beside its environments.
 
-    python tests/benchmarks/speed.py                       # the table, half an hour on two cores
+    python tests/benchmarks/speed.py                       # the table, a quarter of an hour on two cores
     python tests/benchmarks/speed.py --only cartpole-4     # some of its rows
     python tests/benchmarks/speed.py --profile cartpole-4  # where the time of one workload goes
     python tests/benchmarks/speed.py --modes               # which --vectorization-mode for which environment
