@@ -41,7 +41,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from gymnasium.wrappers.vector import FlattenObservation, RecordEpisodeStatistics, RecordVideo
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 # --- 1. Arguments ------------------------------------------------------------------------------------------
@@ -130,9 +130,7 @@ def check(args: Args) -> None:
                 if (value is None and isinstance(None, Args.__annotations__[name])) or holds(value):
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
-    if args.num_envs % WORLD_SIZE:
-        raise InputError(f"--num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} processes.")
-    if args.num_envs // WORLD_SIZE * (args.num_steps // 2) < 2 * args.num_minibatches:
+    if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
         raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
     if path := args.resume or args.evaluate:  # a saved run keeps its flags, but for those that are CHANGEABLE
         mode = "resume" if args.resume else "evaluate"
@@ -187,16 +185,14 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, x: Tensor) -> None:
-        """Merge the rows x (B, *shape) of all processes with those before, in double precision."""
-        mean, std = self.mean.cpu().double(), self.std.cpu().double()
-        delta = x.cpu().double() - mean  # of which all processes have the same
-        moments = all_sum(torch.stack([torch.full_like(mean, len(x)), delta.sum(0), delta.square().sum(0)]))
-        total = self.count.item() + moments[0]
-        shift = moments[1] / total
-        var = (self.count.item() * std**2 + moments[2]) / total - shift**2
-        self.mean.copy_(mean + shift)
-        self.std.copy_(var.clamp(min=1e-8).sqrt())  # a constant is not to be blown up without bound
-        self.count.copy_(total.max())
+        """Merge the rows x (B, *shape) with those before, in double precision (Chan, Golub, LeVeque 1983)."""
+        x, mean, std = x.cpu().double(), self.mean.cpu().double(), self.std.cpu().double()
+        weight = len(x) / (len(x) + self.count.item())  # of the new rows among all
+        delta = x.mean(0) - mean
+        var = (1 - weight) * (std**2 + weight * delta**2) + weight * x.var(0, correction=0)
+        self.mean.copy_(mean + weight * delta)
+        self.std.copy_(var.sqrt().clamp(min=1e-4))  # a constant is not to be blown up without bound
+        self.count += len(x)
 
 
 class Tanh(nn.Module):
@@ -365,14 +361,6 @@ def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: floa
     return loss, {name: x.detach() for name, x in info.items()}
 
 
-def standardize(parts: tuple[Tensor, ...], sizes: Tensor) -> list[Tensor]:
-    """Scale advantages, by minibatch, to mean 0 and deviation 1 over the `sizes` rows of all processes."""
-    moments = [torch.stack([x.sum() for x in parts]), torch.stack([x.square().sum() for x in parts])]
-    mean, square = all_sum(torch.stack(moments)) / sizes  # (num_minibatches,)
-    std = ((square - mean**2).clamp(min=0) * sizes / (sizes - 1)).sqrt()
-    return [(x - m) / (s + 1e-8) for x, m, s in zip(parts, mean, std, strict=True)]
-
-
 @torch.no_grad()
 def logprob_and_value(agent: Agent, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     """Log pi(a|s) (T, N) and V(s) (T + 1, N) of obs (T + 1, N, *obs) and action, in chunks for the memory."""
@@ -409,16 +397,13 @@ def train(args: Args) -> Agent:
     Raises InputError (a ValueError) or DependencyNotInstalled before writing; FloatingPointError at a nan.
     """
     check(args)
-    device = torch.device({"auto": "cpu", "cuda": f"cuda:{LOCAL_RANK}"}.get(args.device, args.device))
+    device = torch.device("cpu" if args.device == "auto" else args.device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     env_seed = reseed(args)
-    T, N = args.num_steps, args.num_envs // WORLD_SIZE
-    with closing_envs(make_envs(replace(args, num_envs=N))) as envs, ExitStack() as stack:
-        if WORLD_SIZE > 1:
-            distributed.init_process_group()
-            stack.callback(distributed.destroy_process_group)
+    T, N = args.num_steps, args.num_envs
+    with closing_envs(make_envs(args)) as envs, ExitStack() as stack:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         parameters = [x for x in agent.parameters() if x.requires_grad]
         optimizer = Adam(parameters)  # torch.optim's is slower on small networks, and imports a compiler
@@ -426,13 +411,9 @@ def train(args: Args) -> Agent:
         action = np.zeros((T, N, *agent.action_shape), agent.action_dtype)
         rollout = Rollout(obs, action, *np.zeros((2, T, N), np.float32), *np.zeros((3, T, N), bool))
         start = load(args.resume, agent=agent, optimizer=optimizer) if args.resume else {"iteration": 0}
-        if (n := start.get("world_size", WORLD_SIZE)) != WORLD_SIZE:
-            raise InputError(f"{args.resume} needs {n} processes, not {WORLD_SIZE}.")
         if start["iteration"] >= args.num_iterations:
-            if RANK == 0:
-                print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
+            print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
             return agent
-        all_sum(optimizer.vector.mul_(RANK == 0))  # all processes begin with the parameters of the first
         envs.reset(seed=env_seed)  # what fails here fails before anything is written
         run = stack.enter_context(closing(Run(args, envs, agent, optimizer, start)))
         default = max(args.num_iterations // 100, math.ceil(10_000 / T))  # 10,000 steps between cuts, or more
@@ -478,40 +459,36 @@ def train(args: Args) -> Agent:
             # Update: K passes over the valid rows, each in minibatches that are shuffled anew [37] #6.
             infos, stop = [], False
             rows = data.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,), of T * N
-            sizes = [len(part) for part in rows.tensor_split(args.num_minibatches)]
-            sizes = all_sum(torch.tensor(sizes, device=device))  # (num_minibatches,), rows in all processes
             for epoch in range(args.update_epochs):
                 if epoch > 0 and args.recompute_advantages:
                     _, value = logprob_and_value(agent, data.obs, data.action)
                     advantage, ret = gae(reward, value, *gae_args)
                 order = rows[torch.randperm(len(rows), device=device)]
                 columns = (data.obs[:-1], data.action, logprob, value[:-1], advantage, ret)
-                parts = [x.flatten(0, 1)[order].tensor_split(args.num_minibatches) for x in columns]
-                if args.norm_adv:  # [37] #7
-                    parts[4] = standardize(parts[4], sizes)
-                for minibatch, size in zip(map(Minibatch, *parts), sizes, strict=True):
-                    weight = len(minibatch.ret) / size  # of the rows of this process among those of all
+                parts = (x.flatten(0, 1)[order].tensor_split(args.num_minibatches) for x in columns)
+                for minibatch in map(Minibatch, *parts):
+                    if args.norm_adv:  # [37] #7
+                        adv = minibatch.advantage
+                        minibatch = minibatch._replace(advantage=(adv - adv.mean()) / (adv.std() + 1e-8))
                     loss, info = ppo_loss(agent, minibatch, args, clip_coef)
                     # KL stop: the policy has moved too far already, so this step is not taken.
-                    stop = args.target_kl is not None and all_sum(weight * info["approx_kl"]) > args.target_kl
+                    stop = args.target_kl is not None and info["approx_kl"].item() > args.target_kl
                     if stop:
                         break
                     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-                    gradient = all_sum(weight * torch.cat([x.flatten() for x in gradients]))  # (P,)
-                    norm = gradient.norm()
+                    gradient = torch.cat([x.flatten() for x in gradients])  # (P,), of all parameters
+                    info["grad_norm"] = norm = gradient.norm()
                     gradient *= ((args.max_grad_norm or math.inf) / norm).clamp(max=1)  # [37] #11
                     optimizer.step(gradient, learning_rate)
-                    infos.append(weight * torch.stack([*info.values(), norm]))
+                    infos.append(info)
                 if stop:
                     break
             if agent.obs_stats is not None:  # not before, as that would change the log-probabilities
                 agent.obs_stats.update(data.obs[:-1][data.valid])
-            # There are no losses, if the KL stop came before the first step.
-            columns = all_sum(torch.stack(infos)).T.cpu().numpy() if infos else ()
-            losses = dict(zip([*info, "grad_norm"], columns, strict=False))
-            check_finite(losses)
+            losses = {name: torch.stack([x[name] for x in infos]).cpu().numpy() for name in dict(*infos[:1])}
+            check_finite(losses)  # there are none, if the KL stop came before the first step
             scalars = {f"losses/{name}": x.mean() for name, x in losses.items()} | agent.scalars()
-            scalars["losses/explained_variance"] = 1 - all_sum(unexplained).item() / WORLD_SIZE
+            scalars["losses/explained_variance"] = 1 - unexplained.item()
             run.log(iteration, scalars | {"charts/learning_rate": learning_rate})
         run.save(args.num_iterations)
     if args.eval_episodes:
@@ -520,30 +497,13 @@ def train(args: Args) -> Agent:
 
 
 # --- 6. Plumbing: nothing below is PPO ---------------------------------------------------------------------
-# torchrun sets these; without it there is one process, and what is said to be of all is its own.
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def all_sum(x: Tensor) -> Tensor:
-    """Sum x over all processes, in place."""
-    if WORLD_SIZE > 1:
-        work = distributed.all_reduce(x, async_op=True)
-        while not work.is_completed():  # a thread that sleeps until then is woken late
-            os.sched_yield()
-        work.wait()
-    return x
-
-
 def reseed(args: Args, *key: int) -> int:
     """Seed all generators by args.seed and key; return the first environment's seed, to count up from."""
     env_seed, seed = map(int, np.random.SeedSequence(args.seed, spawn_key=key).generate_state(2))
-    seed = (seed + RANK) % 2**32
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (some environments draw from the global generator)
     torch.manual_seed(seed)
-    # Native vector environments accept less than 2**31.
-    return env_seed % 2**30 + RANK * int(args.num_envs // WORLD_SIZE)
+    return env_seed % 2**30  # native vector environments accept less than 2**31
 
 
 @contextmanager
@@ -577,16 +537,9 @@ class Run:
         self.args, self.agent, self.optimizer = replace(args, resume=None), agent, optimizer
         self.batch_size = int(args.num_envs * args.num_steps)
         self.first_step, self.best = start.get("global_step", 0), start.get("best", -math.inf)
-        while not isinstance(envs, RecordEpisodeStatistics):  # where other wrappers are above it
-            envs = envs.env
-        self.queues = envs.return_queue, envs.length_queue
-        self.recent = np.array(start.get("recent", ([], [])))  # returns and lengths of the last 100 episodes
         made_up = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         name = "".join(c if c.isalnum() or c in "_-." else "-" for c in args.run_name or made_up)
         self.path = args.resume or os.path.join("runs", name.strip(".-") or "run")
-        if RANK > 0:  # only the first process writes
-            self.save = self.close = lambda *_: None
-            return
         try:
             os.makedirs(self.path, exist_ok=bool(args.resume))
         except OSError as error:
@@ -598,32 +551,32 @@ class Run:
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
         print(f"agent: {len(optimizer.vector):,} parameters on {optimizer.vector.device}", flush=True)
+        while not isinstance(envs, RecordEpisodeStatistics):  # where other wrappers are above it
+            envs = envs.env
+        self.record, self.queues = envs, (envs.return_queue, envs.length_queue)
+        for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
+            queue.extend(recent)
         self.line, self.saved_step = f"{self.first_step:,} steps", start.get("global_step")
         self.start = time.perf_counter()  # start-up does not count in the speed
 
     def log(self, iteration: int, scalars: dict[str, float]) -> None:
         """Log an iteration's scalars, episodes and speed, and show the progress."""
-        new = np.array([[queue.popleft() for _ in queue.copy()] for queue in self.queues])  # (2, episodes)
-        if WORLD_SIZE > 1:
-            distributed.all_gather_object(parts := [None] * WORLD_SIZE, new)
-            new = np.concatenate(parts, 1)
-        if RANK > 0:
-            return
         count, total = iteration + 1, self.args.num_iterations
         step, seconds = count * self.batch_size, time.perf_counter() - self.start
         scalars["charts/SPS"] = speed = (step - self.first_step) / seconds
-        self.recent = np.concatenate([self.recent, new], 1)[:, -100:]
-        if new.size:
-            scalars |= {"charts/episodes": new.shape[1], "charts/episodic_length": new[1].mean()}
+        returns, lengths = (np.array(queue) for queue in self.queues)
+        new, self.record.episode_count = self.record.episode_count, 0
+        if new:
+            scalars |= {"charts/episodes": new, "charts/episodic_length": lengths[-new:].mean()}
             for suffix, statistic in ("", np.mean), ("_min", np.min), ("_max", np.max):
-                scalars["charts/episodic_return" + suffix] = statistic(new[0])
+                scalars["charts/episodic_return" + suffix] = statistic(returns[-new:])
         for tag, value in scalars.items():
             if math.isfinite(value):  # explained variance is not, where all returns are the same
                 self.writer.add_scalar(tag, value, step)
         left = timedelta(seconds=round((total - count) * self.batch_size / speed))
         self.line = f"{step:,} steps ({count / total:.0%}), {speed:,.0f} steps/s"
-        if self.recent.size:
-            self.line += f", return {self.recent[0].mean():.1f}, length {self.recent[1].mean():.1f}"
+        if len(returns):
+            self.line += f", return {returns[-100:].mean():.1f}, length {lengths[-100:].mean():.1f}"
         if sys.stdout.isatty():  # one line that updates itself; in a file, 32 lines
             width = (os.get_terminal_size().columns or 80) - 1
             print(f"\r{f'{self.line}, {left} left':{width}.{width}}", end="", flush=True)
@@ -633,13 +586,13 @@ class Run:
     def save(self, iteration: int) -> None:
         """Write checkpoint.pt, and before it best.pt if the last 100 episodes are the best so far."""
         self.writer.flush()  # a resumed run logs only what comes after the checkpoint
-        mean = self.recent[0].mean().item() if self.recent.shape[1] == 100 else -math.inf
+        recent = [np.array(queue)[-100:].tolist() for queue in self.queues]
+        mean = sum(recent[0]) / 100 if len(recent[0]) == 100 else -math.inf
         names = ["best.pt", "checkpoint.pt"] if mean > self.best else ["checkpoint.pt"]
         self.best, step = max(mean, self.best), iteration * self.batch_size
-        where = {"iteration": iteration, "global_step": step, "best": self.best, "world_size": WORLD_SIZE}
-        where |= {"format": 2, "args": plain(self.args), "recent": self.recent.tolist()}
+        where = {"iteration": iteration, "global_step": step, "recent": recent, "best": self.best}
         state = {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(where | state, buffer := io.BytesIO())
+        torch.save({"format": 2, "args": plain(self.args)} | where | state, buffer := io.BytesIO())
         for path in (os.path.join(self.path, name) for name in names):
             with open(path + ".tmp", "wb") as file:
                 file.write(buffer.getbuffer())
@@ -693,8 +646,6 @@ def load_agent(path: str) -> Agent:
 def evaluate(path: str, args: Args) -> None:
     """Run args.eval_episodes episodes of the agent saved at path, seeded; log and print their raw returns."""
     check(replace(args, device="auto"))  # it runs on the CPU
-    if RANK > 0:
-        return
     step, env_seed, returns = load(path)["global_step"], reseed(args), np.zeros(args.eval_episodes or 10)
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     video = {"video_folder": f"{folder}/videos", "name_prefix": f"step-{step}"} if args.capture_video else {}

@@ -300,7 +300,7 @@ class Faulty(Probe):
         if self.steps >= 40:
             if self.fault == "obs":
                 obs = obs + np.float32("nan")
-            if self.fault == "reward" or (self.fault == "second process" and os.environ.get("RANK") == "1"):
+            if self.fault == "reward":
                 reward = float("inf")
             if self.fault == "exception" or (self.fault == "exception after nan" and self.steps > 40):
                 raise RuntimeError("the motor is on fire")
