@@ -2,7 +2,6 @@
 """Proximal Policy Optimization (PPO) in one file, for Gymnasium environments with vector observations.
 
     python ppo.py --env-id CartPole-v1                                     # half a million steps, a minute
-    python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'  # an environment of your own
     python ppo.py --resume runs/name                                       # go on with a run that was stopped
 
 Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch, D dimensions
@@ -18,7 +17,6 @@ V(obs[t + 1]) its bootstrap; the row after an end only resets, is not `valid`, a
 
 import errno
 import io
-import itertools
 import json
 import math
 import os
@@ -31,8 +29,8 @@ import zipfile
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from operator import index
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
@@ -59,6 +57,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...; auto is the CPU, faster for small networks
     env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # the environment's arguments, as '{"size": 5}'
+    preset: Literal["auto", "none", "continuous"] = "none"  # set of defaults; auto goes by the actions
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: one process; async: one each, pays from 0.3 ms a step; vector_entry_point: native, from 10 envs
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
@@ -93,9 +92,20 @@ class Args:
     eval_stochastic: bool = False  # sample the actions of the evaluation (off: take the likeliest)
     capture_video: bool = False  # film the evaluation, into videos/ of the run, 2,000 frames of an episode
 
-    @property
-    def num_iterations(self) -> int:
-        return math.ceil(self.total_timesteps / (self.num_envs * self.num_steps))
+
+PRESETS = {  # what replaces the defaults above, found by measurement (README)
+    "continuous": {"total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 32, "num_minibatches": 32}
+    | {"update_epochs": 10, "learning_rate": 3e-4, "ent_coef": 0.0, "vf_coef": 0.25, "log_std_init": -0.5}
+    | {"norm_adv": False, "recompute_advantages": True},
+}
+
+
+def preset(env_id: str, env_kwargs: dict | None = None, name: str = "auto") -> dict:
+    """The arguments of Args that a preset sets; auto takes the one for the actions of the environment."""
+    if name == "auto" and isinstance(env_kwargs or {}, dict):
+        with closing(make_envs(Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1))) as envs:
+            name = "continuous" if isinstance(envs.single_action_space, spaces.Box) else "none"
+    return PRESETS.get(name, {}) | {"preset": name}
 
 
 class InputError(ValueError):
@@ -103,11 +113,11 @@ class InputError(ValueError):
 
 
 RANGES = {  # valid values beside None, where a flag's type has it; all comparisons with nan are False
-    "seed eval_episodes checkpoint_interval": ("a whole number from 0", lambda x: index(x) >= 0),
+    "seed eval_episodes checkpoint_interval": ("whole, from 0", lambda x: x.__index__() >= 0),
     "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
-    "num_envs num_steps num_minibatches update_epochs": ("a whole number from 1", lambda x: index(x) >= 1),
-    "total_timesteps": ("a whole number from 1", lambda x: index(x) >= 1),
-    "hidden_sizes": ("whole numbers from 1", lambda x: all(index(units) >= 1 for units in x)),
+    "num_envs num_steps num_minibatches update_epochs": ("whole, from 1", lambda x: x.__index__() >= 1),
+    "total_timesteps": ("whole, from 1", lambda x: x.__index__() >= 1),
+    "hidden_sizes": ("whole numbers from 1", lambda x: all(units.__index__() >= 1 for units in x)),
     "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
     "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "clip_coef max_grad_norm target_kl": ("finite and above 0", lambda x: 0 < x < math.inf),
@@ -147,7 +157,6 @@ def check(args: Args) -> None:
 # --- 2. Environments ---------------------------------------------------------------------------------------
 def make_envs(args: Args, **video: str) -> gym.vector.VectorEnv:
     """Make the vector environment of a run, with observations flattened to vectors where necessary.
-
     Its `return_queue` and `length_queue` have the raw returns and lengths of episodes. With video, arguments
     of RecordVideo such as `video_folder`, episodes are filmed. Raises InputError if it cannot be made.
     """
@@ -204,7 +213,7 @@ class Tanh(nn.Module):
 
 def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequential:
     """A multilayer perceptron; orthogonal weights, by sqrt 2 inside and `gain` at the output [37] #2."""
-    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
+    layers = [nn.Linear(sizes[i], sizes[i + 1]) for i in range(len(sizes) - 1)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
         nn.init.zeros_(layer.bias)
@@ -231,7 +240,6 @@ class Policy(NamedTuple):
 
 class Agent(nn.Module):
     """Policy pi(a|s) and value function V(s): two networks that share the scaling of obs alone [37] #13.
-
     `dist, value = agent(obs)` maps raw observations (B, *obs) to a Policy and values (B,) of scaled rewards.
     Actions (B, *action_shape) are indices from 0 or unbounded reals, which `to_env` converts to the space's.
     """
@@ -256,10 +264,9 @@ class Agent(nn.Module):
             self.scale, self.shift = np.diff(bounds)[..., 0] / 2, bounds.mean(-1)
         else:
             raise InputError(f"Actions {action_space} are not supported (Discrete, Multi..., float Box are).")
-        inputs = math.prod(observation_space.shape)
         activation = Tanh if args.activation == "tanh" else nn.ReLU
-        self.actor = mlp([inputs, *args.hidden_sizes, num_outputs], activation, gain=0.01)
-        self.critic = mlp([inputs, *args.hidden_sizes, 1], activation, gain=1.0)
+        self.actor = mlp([*observation_space.shape, *args.hidden_sizes, num_outputs], activation, gain=0.01)
+        self.critic = mlp([*observation_space.shape, *args.hidden_sizes, 1], activation, gain=1.0)
         if missing is not None:  # a bias rules out the options that a choice lacks; no gradient reaches it
             self.actor[-1].bias.data[missing.ravel()] = -1e9
             self.actor.append(nn.Unflatten(1, missing.shape))
@@ -298,18 +305,6 @@ class Agent(nn.Module):
 
 
 # --- 4. Algorithm ------------------------------------------------------------------------------------------
-class Rollout(NamedTuple):
-    """T steps of N environments, in arrays that are filled anew in every iteration."""
-
-    obs: np.ndarray | Tensor  # (T + 1, N, *obs), raw; row t led from obs[t] to obs[t + 1]
-    action: np.ndarray | Tensor  # (T, N, *action_shape), as sampled
-    reward: np.ndarray | Tensor  # (T, N), raw
-    discounted: np.ndarray | Tensor  # (T, N), discounted sum of the episode's rewards up to this row
-    terminated: np.ndarray | Tensor  # (T, N), the episode ended in a state that has no future
-    done: np.ndarray | Tensor  # (T, N), the episode ended, terminated or truncated
-    valid: np.ndarray | Tensor  # (T, N), the action was carried out: this row did not reset the environment
-
-
 class Minibatch(NamedTuple):
     """Rows to train on, with advantages as the loss is to use them."""
 
@@ -323,7 +318,6 @@ class Minibatch(NamedTuple):
 
 def gae(reward: Tensor, value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float):
     """Generalised advantage estimation, for both kinds of episode ends.
-
     A terminated row has no value to come; a truncated one has that of its own final observation; neither gets
     an advantage from the next episode. Rows that are not valid come out meaningless, and affect no others.
     Takes (T, N), but value (T + 1, N); returns the advantage and the return, the target of V, both (T, N).
@@ -393,7 +387,6 @@ class Adam(nn.Module):
 # --- 5. Training loop --------------------------------------------------------------------------------------
 def train(args: Args) -> Agent:
     """Train an agent, write to runs/<run>/, evaluate and return it; sets all seeds and torch's threads.
-
     Raises InputError (a ValueError) or DependencyNotInstalled before writing; FloatingPointError at a nan.
     """
     check(args)
@@ -403,22 +396,29 @@ def train(args: Args) -> Agent:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     env_seed = reseed(args)
     T, N = args.num_steps, args.num_envs
+    num_iterations = math.ceil(args.total_timesteps / (T * N))  # never fewer steps than asked for
     with closing_envs(make_envs(args)) as envs, ExitStack() as stack:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         parameters = [x for x in agent.parameters() if x.requires_grad]
         optimizer = Adam(parameters)  # torch.optim's is slower on small networks, and imports a compiler
-        obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
-        action = np.zeros((T, N, *agent.action_shape), agent.action_dtype)
-        rollout = Rollout(obs, action, *np.zeros((2, T, N), np.float32), *np.zeros((3, T, N), bool))
+        rollout = SimpleNamespace(  # row t led from obs[t] to obs[t + 1]; filled anew in every iteration
+            obs=np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32),  # raw
+            action=np.zeros((T, N, *agent.action_shape), agent.action_dtype),  # as sampled
+            reward=np.zeros((T, N), np.float32),  # raw
+            discounted=np.zeros((T, N), np.float32),  # sum of the episode's rewards up to this row
+            terminated=np.zeros((T, N), bool),  # the episode ended in a state that has no future
+            done=np.zeros((T, N), bool),  # the episode ended, terminated or truncated
+            valid=np.zeros((T, N), bool),  # the action was carried out: this row was no reset
+        )
         start = load(args.resume, agent=agent, optimizer=optimizer) if args.resume else {"iteration": 0}
-        if start["iteration"] >= args.num_iterations:
+        if start["iteration"] >= num_iterations:
             print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
             return agent
         envs.reset(seed=env_seed)  # what fails here fails before anything is written
         run = stack.enter_context(closing(Run(args, envs, agent, optimizer, start)))
-        default = max(args.num_iterations // 100, math.ceil(10_000 / T))  # 10,000 steps between cuts, or more
+        default = max(num_iterations // 100, math.ceil(10_000 / T))  # 10,000 steps between cuts, or more
         interval = default if args.checkpoint_interval is None else args.checkpoint_interval
-        for iteration in range(start["iteration"], args.num_iterations):
+        for iteration in range(start["iteration"], num_iterations):
             # A resumed run begins here, and an unbroken one begins anew, so that both go on alike: the states
             # of environments and generators need no saving. Running episodes are cut, not marked as ended.
             if iteration == start["iteration"] or (interval and iteration % interval == 0):
@@ -428,7 +428,7 @@ def train(args: Args) -> Agent:
                 discounted, done = np.zeros(N), np.zeros(N, bool)  # of the row before
 
             # Anneal linearly: 1 in the first iteration, 1 / num_iterations in the last [37] #4.
-            remaining = 1 - iteration / args.num_iterations
+            remaining = 1 - iteration / num_iterations
             clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
             learning_rate = float(args.learning_rate) * (remaining if args.anneal_lr else 1)
 
@@ -444,7 +444,7 @@ def train(args: Args) -> Agent:
                     rollout.done[t] = done = terminated | truncated
             finally:
                 check_finite({"obs": rollout.obs, "action": rollout.action, "reward": rollout.reward})
-            data = Rollout(*(torch.from_numpy(x).to(device) for x in rollout))
+            data = SimpleNamespace(**{k: torch.from_numpy(x).to(device) for k, x in vars(rollout).items()})
 
             # Advantages (T, N), from rewards divided by the running deviation of the return [37] #30-31.
             reward = data.reward
@@ -489,8 +489,8 @@ def train(args: Args) -> Agent:
             check_finite(losses)  # there are none, if the KL stop came before the first step
             scalars = {f"losses/{name}": x.mean() for name, x in losses.items()} | agent.scalars()
             scalars["losses/explained_variance"] = 1 - unexplained.item()
-            run.log(iteration, scalars | {"charts/learning_rate": learning_rate})
-        run.save(args.num_iterations)
+            run.log(iteration + 1, num_iterations, scalars | {"charts/learning_rate": learning_rate})
+        run.save(num_iterations)
     if args.eval_episodes:
         evaluate(run.path, args)
     return agent
@@ -547,7 +547,7 @@ class Run:
         self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if args.resume else None)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
-        print(f"run: {self.path}, from step {self.first_step:,}")
+        print(f"run: {self.path}, from step {self.first_step:,}, preset {args.preset}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
         print(f"agent: {len(optimizer.vector):,} parameters on {optimizer.vector.device}", flush=True)
@@ -559,9 +559,8 @@ class Run:
         self.line, self.saved_step = f"{self.first_step:,} steps", start.get("global_step")
         self.start = time.perf_counter()  # start-up does not count in the speed
 
-    def log(self, iteration: int, scalars: dict[str, float]) -> None:
-        """Log an iteration's scalars, episodes and speed, and show the progress."""
-        count, total = iteration + 1, self.args.num_iterations
+    def log(self, count: int, total: int, scalars: dict[str, float]) -> None:
+        """Log the scalars, episodes and speed of iteration `count` of `total`, and show the progress."""
         step, seconds = count * self.batch_size, time.perf_counter() - self.start
         scalars["charts/SPS"] = speed = (step - self.first_step) / seconds
         returns, lengths = (np.array(queue) for queue in self.queues)
@@ -580,7 +579,7 @@ class Run:
         if sys.stdout.isatty():  # one line that updates itself; in a file, 32 lines
             width = (os.get_terminal_size().columns or 80) - 1
             print(f"\r{f'{self.line}, {left} left':{width}.{width}}", end="", flush=True)
-        elif count * 32 // total > iteration * 32 // total:
+        elif count * 32 // total > (count - 1) * 32 // total:
             print(f"{self.line}, {left} left", flush=True)
 
     def save(self, iteration: int) -> None:
@@ -682,9 +681,10 @@ def main() -> None:
     # What fails in TensorBoard's thread is raised here too, and needs no traceback of its own.
     threading.excepthook = lambda x: isinstance(x.exc_value, OSError) or threading.__excepthook__(x)
     try:
-        args = tyro.cli(Args)
-        if path := args.resume or args.evaluate:
-            args = tyro.cli(Args, default=load(path)["args"])
+        args, _ = tyro.cli(Args, default=Args(preset="auto"), return_unknown_args=True, add_help=False)
+        path = args.resume or args.evaluate
+        default = load(path)["args"] if path else Args(**preset(args.env_id, args.env_kwargs, args.preset))
+        args = tyro.cli(Args, default=default)
         evaluate(args.evaluate, args) if args.evaluate else train(args)
     except (InputError, gym.error.DependencyNotInstalled, FloatingPointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -300,7 +300,8 @@ def test_defaults():
     """Those of CleanRL's ppo.py, with scaling on."""
     assert dataclasses.asdict(ppo.Args()) == {
         "exp_name": "ppo", "run_name": None, "seed": 1, "torch_deterministic": True, "device": "auto",
-        "env_id": "CartPole-v1", "env_kwargs": {}, "num_envs": 4, "vectorization_mode": "sync",
+        "env_id": "CartPole-v1", "env_kwargs": {}, "preset": "none", "num_envs": 4,
+        "vectorization_mode": "sync",
         "total_timesteps": 500_000, "learning_rate": 2.5e-4, "anneal_lr": True, "num_steps": 128,
         "gamma": 0.99, "gae_lambda": 0.95, "num_minibatches": 4, "update_epochs": 4, "norm_adv": True,
         "clip_coef": 0.2,

@@ -63,7 +63,7 @@ def test_kl_stop(updates, steps, monkeypatch):
     monkeypatch.setattr(
         ppo.Run,
         "log",
-        lambda self, i, scalars: (logged.append(dict(scalars)), original(self, i, scalars)),
+        lambda self, i, n, scalars: (logged.append(dict(scalars)), original(self, i, n, scalars)),
     )
     ppo.train(ppo.Args(target_kl=0.01, **flags))
     kls, iterations = [info["approx_kl"].item() for _, _, info in updates], [[]]
@@ -84,7 +84,7 @@ def test_kl_stop_before_the_first_step(steps, monkeypatch):
     """Where not even one minibatch was learnt from, there are no losses to log, and the run goes on."""
     logged, loss = [], ppo.ppo_loss
     monkeypatch.setattr(ppo, "ppo_loss", lambda *x: (loss(*x)[0], {"approx_kl": torch.tensor(0.5)}))
-    monkeypatch.setattr(ppo.Run, "log", lambda self, i, scalars: logged.append(set(scalars)))
+    monkeypatch.setattr(ppo.Run, "log", lambda self, i, n, scalars: logged.append(set(scalars)))
     ppo.train(ppo.Args(target_kl=0.4, total_timesteps=1024))
     assert steps == []
     assert logged == [{"losses/explained_variance", "charts/learning_rate"}] * 2

@@ -214,7 +214,7 @@ def test_console_in_a_file(capsys):
         ppo.Args(run_name="a", total_timesteps=64 * 100, num_steps=16, num_minibatches=1, update_epochs=1)
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run: runs/a, from step 0"
+    assert lines[0] == "run: runs/a, from step 0, preset none"
     assert 20 < len(lines) <= 42
     assert any("6,400 steps (100%)" in line and "steps/s" in line and "left" in line for line in lines)
     end = r"end: 6,400 steps \(100%\), \S+ steps/s, return (\S+), length \1, after 0:00:\d\d"

@@ -1,95 +1,251 @@
-"""How well and how soon ppo.py learns: a row for each seed, and the spread over them.
+"""How well ppo.py learns: environments x seeds, each a run of the command line, their curves and a table.
 
-    python tests/benchmarks/learning.py --seeds 1 2 3 4 5 --threshold 475
-    python tests/benchmarks/learning.py --seeds 1 2 3 --env-id Acrobot-v1
+    python tests/benchmarks/learning.py                               # all that runs/benchmark/ lacks
+    python tests/benchmarks/learning.py --only CartPole-v1 --seeds 1  # some of it
+    python tests/benchmarks/learning.py --folder runs/mine            # all of it again, elsewhere
 
-Any further flag is ppo.py's. The return is the mean of the last 100 training episodes; the step is the one,
-all environments counted together, at which the mean of 100 episodes in a row first reached the threshold.
+It may be interrupted and called again: a finished run is a line of results.csv and is not repeated. In the
+folder are results.csv (a line a run), <environment>.csv (the learning curves), table.md and curves.png.
+The training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import multiprocessing
+import csv
 import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import gymnasium as gym
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import ppo
+ROOT = Path(__file__).parents[2]
+CLASSIC = "--num-envs 8 --num-steps 64 --update-epochs 10 --learning-rate 5e-4"
+LUNAR = """--total-timesteps 1_000_000 --num-envs 16 --num-steps 1024 --num-minibatches 256
+    --learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98"""
+FLAGS = {  # beside --env-id and --seed
+    "CartPole-v1": CLASSIC,
+    "Acrobot-v1": CLASSIC,
+    "MountainCar-v0": CLASSIC,
+    "LunarLander-v3": LUNAR,
+    "Pendulum-v1": "",  # from here on the preset for continuous actions
+    "HalfCheetah-v5": "",
+    "Hopper-v5": "",
+    "Walker2d-v5": "",
+    "Ant-v5": "",
+}
+# Published training returns, mean and spread over seeds, and rl-zoo3's greedy evaluation of one tuned agent.
+# The MuJoCo ones are of -v2 to -v4 environments, and LunarLander of -v2. Sources: README.
+PUBLISHED = {
+    "CartPole-v1": {"CleanRL": "490.0 ± 6.1", "baselines": "497.5", "rl-zoo3": "500.0"},
+    "Acrobot-v1": {"CleanRL": "-86.4 ± 1.3", "baselines": "-81.8", "rl-zoo3": "-73.5"},
+    "MountainCar-v0": {"CleanRL": "-200", "baselines": "-200", "rl-zoo3": "-110.4"},
+    "LunarLander-v3": {"rl-zoo3": "242.1"},
+    "Pendulum-v1": {"CleanRL": "-1142", "rl-zoo3": "-172.2"},
+    "HalfCheetah-v5": {
+        "CleanRL": "1442.6 ± 46.0",
+        "baselines": "1668.6",
+        "rl-zoo3": "5819",
+        "Tianshou": "5783.9 ± 1244.0",
+    },
+    "Hopper-v5": {
+        "CleanRL": "2382.9 ± 271.7",
+        "baselines": "2316.2",
+        "rl-zoo3": "2410",
+        "Tianshou": "2609.3 ± 700.8",
+    },
+    "Walker2d-v5": {
+        "CleanRL": "2288.0 ± 571.8",
+        "baselines": "3425.0",
+        "rl-zoo3": "3479",
+        "Tianshou": "3588.5 ± 756.6",
+    },
+    "Ant-v5": {"rl-zoo3": "1327", "Tianshou": "3258.4 ± 1079.3"},
+}
+SOURCES = ("CleanRL", "baselines", "rl-zoo3", "Tianshou")
+COLUMNS = ["env_id", "seed", "steps", "training_return", "evaluation_return", "evaluation_std", "seconds"]
+COLUMNS += ["flags", "versions", "machine"]
+POINTS = 100  # of a curve
 
 
-class Recorder(gym.vector.VectorWrapper):
-    """Keeps (step, return) of every episode that ends."""
-
-    def __init__(self, envs, episodes):
-        super().__init__(envs)
-        self.step_count, self.episodes = 0, episodes
-
-    def step(self, actions):
-        *transition, info = super().step(actions)
-        self.step_count += self.num_envs
-        for value in info["raw_episode"]["r"][info["_raw_episode"]] if "_raw_episode" in info else ():
-            self.episodes.append((self.step_count, value))
-        return *transition, info
+def machine():
+    """The processor and the number of cores."""
+    found = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
+    )
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
-def run(args):
-    """Train in an empty folder, silently; returns episodes (step, return) and the wall time."""
-    episodes, make_envs = [], ppo.make_envs
-    ppo.make_envs = lambda args: Recorder(make_envs(args), episodes)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
-        os.chdir(folder)
-        with contextlib.redirect_stdout(silence):
-            ppo.train(dataclasses.replace(args, eval_episodes=0))
-        os.chdir("/")
-    return episodes, time.perf_counter() - start
+def train(env_id, seed):
+    """Run ppo.py in an empty folder; return its line of results.csv, and its curve."""
+    command = ["--env-id", env_id, "--seed", str(seed), "--eval-episodes", "100", "--run-name", "run"]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, ROOT / "ppo.py", *command, *FLAGS[env_id].split()],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(f"{env_id}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        checkpoint = torch.load(Path(folder, "runs/run/checkpoint.pt"), weights_only=True)
+        events = EventAccumulator(str(Path(folder, "runs/run")), size_guidance={"scalars": 0})
+        events.Reload()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}"
+    evaluation = re.search(r"eval: mean (\S+) std (\S+)", done.stdout)
+    row = {
+        "env_id": env_id,
+        "seed": seed,
+        "steps": checkpoint["global_step"],
+        "training_return": round(float(np.mean(checkpoint["recent"][0])), 2),
+        "evaluation_return": evaluation[1],
+        "evaluation_std": evaluation[2],
+        "seconds": round(seconds),
+        "flags": " ".join(FLAGS[env_id].split()),
+        "versions": versions,
+        "machine": machine(),
+    }
+    return row, curve(events, checkpoint["global_step"])
+
+
+def curve(events, total):
+    """Points (step, seconds, mean return of the episodes that ended since the last point) of a run's log."""
+    zero = events.Scalars("charts/SPS")[0].wall_time
+    returns, counts = (events.Scalars(f"charts/{name}") for name in ("episodic_return", "episodes"))
+    points = []
+    for i in range(POINTS):
+        window = [
+            (mean, count.value)
+            for mean, count in zip(returns, counts, strict=True)
+            if i * total / POINTS < mean.step <= (i + 1) * total / POINTS
+        ]
+        if window:
+            mean = sum(mean.value * n for mean, n in window) / sum(n for _, n in window)
+            last = window[-1][0]
+            points.append((last.step, round(last.wall_time - zero, 1), round(mean, 2)))
+    return points
+
+
+def read(path):
+    """The lines of a CSV file, none if it is not there."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def write(path, columns, rows):
+    """Write a CSV file as a whole, so that an interruption leaves the old one or the new one."""
+    with path.with_suffix(".tmp").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".tmp").replace(path)
+
+
+def keep(folder, row, points):
+    """Add a run to the folder: its curve first, so that a line of results.csv means that all is there."""
+    path = folder / f"{row['env_id']}.csv"
+    rows = [x for x in read(path) if x["seed"] != str(row["seed"])]
+    rows += [
+        {"seed": row["seed"], "step": step, "seconds": seconds, "return": mean}
+        for step, seconds, mean in points
+    ]
+    write(path, ["seed", "step", "seconds", "return"], sorted(rows, key=lambda x: int(x["seed"])))
+    results = [*read(folder / "results.csv"), row]
+    order = list(FLAGS)
+    results.sort(key=lambda x: (order.index(x["env_id"]), int(x["seed"])))
+    write(folder / "results.csv", COLUMNS, results)
+
+
+def table(folder):
+    """Write table.md: mean and standard deviation over the seeds, beside what others have published."""
+    results = read(folder / "results.csv")
+    lines = ["| environment | steps | seeds | training return | greedy evaluation | " + " | ".join(SOURCES)]
+    lines[0] += " | steps/s | minutes |"
+    lines.append("|---" * (len(SOURCES) + 7) + "|")
+    for env_id in FLAGS:
+        runs = [x for x in results if x["env_id"] == env_id]
+        if not runs:
+            continue
+        training, evaluation, seconds, steps = (
+            np.array([float(x[name]) for x in runs])
+            for name in ("training_return", "evaluation_return", "seconds", "steps")
+        )
+        cells = [env_id, f"{steps[0]:,.0f}", ", ".join(x["seed"] for x in runs)]
+        cells += [f"{x.mean():.1f} ± {x.std():.1f}" for x in (training, evaluation)]
+        cells += [PUBLISHED[env_id].get(source, "") for source in SOURCES]
+        cells += [f"{(steps / seconds).mean():,.0f}", f"{seconds.mean() / 60:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Runs: " + "; ".join(sorted({f"{x['versions']}, {x['machine']}" for x in results})) + "."]
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def picture(folder):
+    """Draw curves.png: the mean over the seeds, its standard deviation shaded, and the published figures."""
+    shown = [env_id for env_id in FLAGS if (folder / f"{env_id}.csv").exists()]
+    rows = -(-len(shown) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, env_id in zip(axes.flat, shown, strict=False):
+        points = read(folder / f"{env_id}.csv")
+        seeds = sorted({int(x["seed"]) for x in points})
+        by_seed = [
+            np.array([(float(x["step"]), float(x["return"])) for x in points if x["seed"] == str(seed)]).T
+            for seed in seeds
+        ]
+        steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
+        returns = np.array([np.interp(steps, *x) for x in by_seed])
+        mean, std = returns.mean(0), returns.std(0)
+        axis.plot(steps, mean, label=f"ppo.py, {len(seeds)} seeds")
+        axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
+        for colour, source in zip(("C1", "C2", "C3", "C4"), SOURCES, strict=True):
+            if published := PUBLISHED[env_id].get(source):
+                axis.axhline(float(published.split()[0]), color=colour, ls="--", lw=1, label=source)
+        axis.set_title(env_id, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=6, loc="lower right")
+    figure.supxlabel("environment steps", fontsize=9)
+    figure.supylabel("episodic return in training", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=90)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/benchmark")
+    parser.add_argument("--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="ENV_ID")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--threshold", type=float, help="mean return of 100 episodes to look for")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    options, flags = parser.parse_known_args()
-    runs = [tyro.cli(ppo.Args, args=[*flags, "--seed", str(seed)]) for seed in options.seeds]
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    finished = {(x["env_id"], int(x["seed"])) for x in read(args.folder / "results.csv")}
+    missing = [(e, seed) for seed in args.seeds for e in args.only if (e, seed) not in finished]
+    lock = Lock()
 
-    print(f"{runs[0].env_id}, flags {' '.join(flags) or '(defaults)'}")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}"
-    print(f"{versions}, {os.cpu_count()} cores, {options.processes} runs at a time\n")
-    print("| seed | episodes | return of the last 100 | step of the threshold | minutes |")
-    print("|---|---|---|---|---|")
-    finals, reached = [], []
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        for args, (episodes, seconds) in zip(runs, pool.imap(run, runs), strict=True):
-            steps, returns = np.array(episodes or [(0, np.nan)]).T
-            means = np.convolve(returns, np.ones(100) / 100, "valid") if len(returns) >= 100 else np.array([])
-            hits = np.flatnonzero(means >= options.threshold) if options.threshold is not None else []
-            step = int(steps[99:][hits[0]]) if len(hits) else None
-            finals.append(returns[-100:].mean())
-            reached.append(step or np.inf)
-            cells = [
-                args.seed,
-                len(episodes),
-                f"{finals[-1]:.2f}",
-                f"{step:,}" if step else "-",
-                f"{seconds / 60:.1f}",
-            ]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    print(f"\nreturn: mean {np.mean(finals):.2f}, std {np.std(finals):.2f}, min {min(finals):.2f}")
-    if options.threshold is not None:
-        print(f"step of the threshold: median {np.median(reached):,.0f}")
+    def job(run):
+        row, points = train(*run)
+        with lock:
+            keep(args.folder, row, points)
+            print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:7]), flush=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        for future in [pool.submit(job, run) for run in missing]:
+            future.result()
+    table(args.folder)
+    picture(args.folder)
 
 
 if __name__ == "__main__":

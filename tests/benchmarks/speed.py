@@ -51,7 +51,7 @@ class Workload:
 
     def flags(self, mode):
         timesteps = self.iterations * self.num_envs * self.num_steps
-        return f"""--env-id {self.env_id} --num-envs {self.num_envs} --vectorization-mode {mode}
+        return f"""--preset none --env-id {self.env_id} --num-envs {self.num_envs} --vectorization-mode {mode}
             --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
             --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --norm-adv --clip-coef 0.2
