@@ -2,6 +2,7 @@
 """Proximal Policy Optimization (PPO) in one file, for Gymnasium environments with vector observations.
 
     python ppo.py --env-id CartPole-v1                                     # half a million steps, a minute
+    python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'  # an environment of your own
     python ppo.py --resume runs/name                                       # go on with a run that was stopped
 
 Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch, D dimensions
@@ -48,7 +49,7 @@ JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON
 
 @dataclass
 class Args:
-    """Train a PPO agent. Numbers may be written 1_000_000. None switches an optional value off."""
+    """Train a PPO agent. Numbers may be written 1_000_000; None is off; defaults depend on --env-id."""
 
     exp_name: str = "ppo"  # name of the experiment, used in made-up run names
     run_name: str | None = None  # new folder in runs/ (None: made up as env_id__exp_name__seed__time)
@@ -57,7 +58,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...; auto is the CPU, faster for small networks
     env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # the environment's arguments, as '{"size": 5}'
-    preset: Literal["auto", "none", "continuous"] = "none"  # set of defaults; auto goes by the actions
+    preset: Literal["auto", "none", "continuous"] = "none"  # set of defaults (auto, if not given: by env)
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: one process; async: one each, pays from 0.3 ms a step; vector_entry_point: native, from 10 envs
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
@@ -93,17 +94,17 @@ class Args:
     capture_video: bool = False  # film the evaluation, into videos/ of the run, 2,000 frames of an episode
 
 
-PRESETS = {  # what replaces the defaults above, found by measurement (README)
-    "continuous": {"total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 32, "num_minibatches": 32}
-    | {"update_epochs": 10, "learning_rate": 3e-4, "ent_coef": 0.0, "vf_coef": 0.25, "log_std_init": -0.5}
-    | {"norm_adv": False, "recompute_advantages": True},
-}
+PRESETS = {"continuous": {  # what replaces the defaults above, found by measurement: see the README
+    "total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 32, "num_minibatches": 32, "update_epochs": 10,
+    "learning_rate": 3e-4, "ent_coef": 0.0, "vf_coef": 0.25, "log_std_init": -0.5, "norm_adv": False,
+    "recompute_advantages": True}}  # fmt: skip
 
 
-def preset(env_id: str, env_kwargs: dict | None = None, name: str = "auto") -> dict:
+def preset(env_id: str, env_kwargs: dict | None = None, name: str = "auto", mode: str = "sync") -> dict:
     """The arguments of Args that a preset sets; auto takes the one for the actions of the environment."""
-    if name == "auto" and isinstance(env_kwargs or {}, dict):
-        with closing(make_envs(Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1))) as envs:
+    if name == "auto" and isinstance(env_kwargs or {}, dict):  # what is no dict, check refuses
+        args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
+        with closing_envs(make_envs(args)) as envs:
             name = "continuous" if isinstance(envs.single_action_space, spaces.Box) else "none"
     return PRESETS.get(name, {}) | {"preset": name}
 
@@ -115,9 +116,8 @@ class InputError(ValueError):
 RANGES = {  # valid values beside None, where a flag's type has it; all comparisons with nan are False
     "seed eval_episodes checkpoint_interval": ("whole, from 0", lambda x: x.__index__() >= 0),
     "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
-    "num_envs num_steps num_minibatches update_epochs": ("whole, from 1", lambda x: x.__index__() >= 1),
-    "total_timesteps": ("whole, from 1", lambda x: x.__index__() >= 1),
-    "hidden_sizes": ("whole numbers from 1", lambda x: all(units.__index__() >= 1 for units in x)),
+    "num_envs num_steps num_minibatches update_epochs total_timesteps": ("whole, from 1", range),  # or empty
+    "hidden_sizes": ("whole numbers from 1", lambda x: all(range(units) for units in x)),
     "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
     "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "clip_coef max_grad_norm target_kl": ("finite and above 0", lambda x: 0 < x < math.inf),
@@ -141,7 +141,7 @@ def check(args: Args) -> None:
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
-        raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
+        raise InputError(f"Too many --num-minibatches, {args.num_minibatches}: each needs two valid rows.")
     if path := args.resume or args.evaluate:  # a saved run keeps its flags, but for those that are CHANGEABLE
         mode = "resume" if args.resume else "evaluate"
         old, new = plain(load(path)["args"]), plain(replace(args, **{mode: None}))
@@ -179,7 +179,7 @@ def make_envs(args: Args, **video: str) -> gym.vector.VectorEnv:
         raise InputError(f"Observation space {space} is not supported, or a part of it is not.")
     if not (isinstance(space, spaces.Box) and len(space.shape) == 1):
         envs = FlattenObservation(envs)
-    # Of as many episodes as can end in an iteration; the usual key, "episode", may be in use already.
+    # It keeps as many episodes as can end in an iteration; the usual key, "episode", may be in use already.
     return RecordEpisodeStatistics(envs, max(100, int(args.num_envs * args.num_steps)), "raw_episode")
 
 
@@ -311,7 +311,7 @@ class Minibatch(NamedTuple):
     obs: Tensor  # (M, *obs)
     action: Tensor  # (M, *action_shape)
     logprob: Tensor  # (M,), log pi_old(a|s), by the policy that acted
-    value: Tensor  # (M,), V_old(s), the centre of the value clip
+    value: Tensor  # (M,), V_old(s) of when advantages were computed, the centre of the value clip
     advantage: Tensor  # (M,)
     ret: Tensor  # (M,), the target of V(s)
 
@@ -682,9 +682,9 @@ def main() -> None:
     threading.excepthook = lambda x: isinstance(x.exc_value, OSError) or threading.__excepthook__(x)
     try:
         args, _ = tyro.cli(Args, default=Args(preset="auto"), return_unknown_args=True, add_help=False)
-        path = args.resume or args.evaluate
-        default = load(path)["args"] if path else Args(**preset(args.env_id, args.env_kwargs, args.preset))
-        args = tyro.cli(Args, default=default)
+        flags = args.env_id, args.env_kwargs, args.preset, args.vectorization_mode
+        default = load(path)["args"] if (path := args.resume or args.evaluate) else Args(**preset(*flags))
+        args = tyro.cli(Args, default=default)  # again, as the first pass decided on the defaults
         evaluate(args.evaluate, args) if args.evaluate else train(args)
     except (InputError, gym.error.DependencyNotInstalled, FloatingPointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

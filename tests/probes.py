@@ -157,9 +157,9 @@ class Counting(gym.Env):
 class Spaces(gym.Env):
     """Random observations of any space; insists on actions that are in its action space."""
 
-    def __init__(self, observation_space=None, action_space=None):
+    def __init__(self, observation_space=None, action_space=None, real=False):
         self.observation_space = observation_space or spaces.Box(-5, 20, (3,), np.float64)
-        self.action_space = action_space or spaces.Discrete(2)
+        self.action_space = action_space or (spaces.Box(-1, 1, (1,)) if real else spaces.Discrete(2))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -344,3 +344,4 @@ for name, entry_point, limit in [
 ]:
     gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)
 gym.register("SameStep-v0", Constant, vector_entry_point=SameStep)
+gym.register("Native-v0", vector_entry_point="gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv")

@@ -34,6 +34,19 @@ def test_preset_goes_by_the_actions():
         ppo.preset("No-such-env-v0")
 
 
+def test_preset_closes_the_environment_that_it_looks_at(monkeypatch):
+    closed, close = [], ppo.gym.vector.SyncVectorEnv.close
+    monkeypatch.setattr(
+        ppo.gym.vector.SyncVectorEnv, "close", lambda self, **x: closed.append(close(self, **x)) or None
+    )
+    ppo.preset("Pendulum-v1")
+    assert closed
+
+
+def test_preset_of_what_has_only_a_vector_version():
+    assert ppo.preset("probes:Native-v0", mode="vector_entry_point") == {"preset": "none"}
+
+
 def test_preset_makes_valid_arguments():
     args = ppo.Args(env_id="Pendulum-v1", **ppo.preset("Pendulum-v1"))
     ppo.check(args)
@@ -86,9 +99,34 @@ def test_preset_flag(tmp_path, flags, name):
         assert args[field] == expected[field], field
 
 
+def test_preset_sees_the_keywords(tmp_path):
+    """Spaces-v0 has a choice of actions, and with this keyword real ones."""
+    flags = ["--env-id=probes:Spaces-v0", '--env-kwargs={"real": true}', *TINY]
+    assert run(tmp_path, *flags).returncode == 0
+    assert saved(tmp_path)["preset"] == "continuous"
+
+
+def test_preset_and_a_native_environment(tmp_path):
+    flags = ["--env-id=probes:Native-v0", "--vectorization-mode=vector_entry_point", *TINY]
+    result = run(tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_continuous_run_is_resumed_and_evaluated_as_what_it_was(tmp_path):
+    """Repeating --env-id brings no preset into a run that had none, nor changes one that had."""
+    assert run(tmp_path, "--env-id=Pendulum-v1", *TINY).returncode == 0
+    result = run(tmp_path, "--resume=runs/a", "--env-id=Pendulum-v1", "--total-timesteps=256")
+    assert result.returncode == 0, result.stderr
+    assert {name: saved(tmp_path)[name] for name in ("num_steps", "num_envs")} == {
+        "num_steps": 32,
+        "num_envs": 2,
+    }
+    assert run(tmp_path, "--evaluate=runs/a", "--env-id=Pendulum-v1", "--eval-episodes=1").returncode == 0
+
+
 def test_a_resumed_run_keeps_its_own(tmp_path):
     assert run(tmp_path, "--env-id=Pendulum-v1", "--preset=none", *TINY).returncode == 0
-    result = run(tmp_path, "--resume=runs/a", "--total-timesteps=512")
+    result = run(tmp_path, "--resume=runs/a", "--env-id=Pendulum-v1", "--total-timesteps=512")
     assert result.returncode == 0, result.stderr
     assert saved(tmp_path)["num_steps"] == 128
     refused = run(tmp_path, "--resume=runs/a", "--total-timesteps=1024", "--preset=continuous")

@@ -4,9 +4,11 @@
     python tests/benchmarks/learning.py --only CartPole-v1 --seeds 1  # some of it
     python tests/benchmarks/learning.py --folder runs/mine            # all of it again, elsewhere
 
-It may be interrupted and called again: a finished run is a line of results.csv and is not repeated. In the
-folder are results.csv (a line a run), <environment>.csv (the learning curves), table.md and curves.png.
-The training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes.
+It may be interrupted and called again: a finished run is a line of results.csv, and is repeated only if its
+flags here have changed or that line is taken out (as after a change of ppo.py). In the folder are results.csv
+(a line a run), <environment>.csv (the learning curves), table.md and curves.png. The training return is the
+mean over the last 100 episodes, the evaluation that of 100 greedy episodes; seconds and steps per second are
+of the whole command, imports and evaluation included, with as many other runs beside it as --processes says.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
 
@@ -43,8 +45,9 @@ FLAGS = {  # beside --env-id and --seed
     "Walker2d-v5": "",
     "Ant-v5": "",
 }
-# Published training returns, mean and spread over seeds, and rl-zoo3's greedy evaluation of one tuned agent.
-# The MuJoCo ones are of -v2 to -v4 environments, and LunarLander of -v2. Sources: README.
+# Published returns, with their spread over seeds: of CleanRL and baselines in training, of rl-zoo3 the greedy
+# evaluation of one tuned agent, of Tianshou the best evaluation within 1 million steps. MuJoCo was that of
+# -v2 to -v4, LunarLander -v2. The README has the sources.
 PUBLISHED = {
     "CartPole-v1": {"CleanRL": "490.0 ± 6.1", "baselines": "497.5", "rl-zoo3": "500.0"},
     "Acrobot-v1": {"CleanRL": "-86.4 ± 1.3", "baselines": "-81.8", "rl-zoo3": "-73.5"},
@@ -72,6 +75,7 @@ PUBLISHED = {
     "Ant-v5": {"rl-zoo3": "1327", "Tianshou": "3258.4 ± 1079.3"},
 }
 SOURCES = ("CleanRL", "baselines", "rl-zoo3", "Tianshou")
+EVALUATED = {"rl-zoo3": " (evaluation)", "Tianshou": " (evaluation)"}  # the others are of the training
 COLUMNS = ["env_id", "seed", "steps", "training_return", "evaluation_return", "evaluation_std", "seconds"]
 COLUMNS += ["flags", "versions", "machine"]
 POINTS = 100  # of a curve
@@ -121,7 +125,10 @@ def train(env_id, seed):
 
 def curve(events, total):
     """Points (step, seconds, mean return of the episodes that ended since the last point) of a run's log."""
-    zero = events.Scalars("charts/SPS")[0].wall_time
+    if "charts/episodes" not in events.Tags()["scalars"]:
+        return []
+    first = events.Scalars("charts/SPS")[0]
+    zero = first.wall_time - first.step / first.value  # which leaves start-up out
     returns, counts = (events.Scalars(f"charts/{name}") for name in ("episodic_return", "episodes"))
     points = []
     for i in range(POINTS):
@@ -160,9 +167,9 @@ def keep(folder, row, points):
         for step, seconds, mean in points
     ]
     write(path, ["seed", "step", "seconds", "return"], sorted(rows, key=lambda x: int(x["seed"])))
-    results = [*read(folder / "results.csv"), row]
-    order = list(FLAGS)
-    results.sort(key=lambda x: (order.index(x["env_id"]), int(x["seed"])))
+    name = row["env_id"], str(row["seed"])
+    results = [*(x for x in read(folder / "results.csv") if (x["env_id"], x["seed"]) != name), row]
+    results.sort(key=lambda x: ([*FLAGS, x["env_id"]].index(x["env_id"]), int(x["seed"])))
     write(folder / "results.csv", COLUMNS, results)
 
 
@@ -192,7 +199,7 @@ def table(folder):
 
 def picture(folder):
     """Draw curves.png: the mean over the seeds, its standard deviation shaded, and the published figures."""
-    shown = [env_id for env_id in FLAGS if (folder / f"{env_id}.csv").exists()]
+    shown = [env_id for env_id in FLAGS if read(folder / f"{env_id}.csv")]
     rows = -(-len(shown) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(shown) :]:
@@ -211,7 +218,13 @@ def picture(folder):
         axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
         for colour, source in zip(("C1", "C2", "C3", "C4"), SOURCES, strict=True):
             if published := PUBLISHED[env_id].get(source):
-                axis.axhline(float(published.split()[0]), color=colour, ls="--", lw=1, label=source)
+                axis.axhline(
+                    float(published.split()[0]),
+                    color=colour,
+                    ls="--",
+                    lw=1,
+                    label=source + EVALUATED.get(source, ""),
+                )
         axis.set_title(env_id, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=6, loc="lower right")
@@ -231,8 +244,9 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    finished = {(x["env_id"], int(x["seed"])) for x in read(args.folder / "results.csv")}
-    missing = [(e, seed) for seed in args.seeds for e in args.only if (e, seed) not in finished]
+    finished = {(x["env_id"], int(x["seed"]), x["flags"]) for x in read(args.folder / "results.csv")}
+    wanted = dict.fromkeys((e, seed) for seed in args.seeds for e in args.only)
+    missing = [(e, seed) for e, seed in wanted if (e, seed, " ".join(FLAGS[e].split())) not in finished]
     lock = Lock()
 
     def job(run):
@@ -241,9 +255,12 @@ def main():
             keep(args.folder, row, points)
             print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:7]), flush=True)
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        for future in [pool.submit(job, run) for run in missing]:
+    pool = ThreadPoolExecutor(args.processes)
+    try:
+        for future in as_completed([pool.submit(job, run) for run in missing]):
             future.result()
+    finally:  # after Ctrl-C, which reaches the runs too, no further ones are started
+        pool.shutdown(cancel_futures=True)
     table(args.folder)
     picture(args.folder)
 
