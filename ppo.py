@@ -141,7 +141,7 @@ def check(args: Args) -> None:
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
-        raise InputError(f"Too many --num-minibatches, {args.num_minibatches}: each needs two valid rows.")
+        raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
     if path := args.resume or args.evaluate:  # a saved run keeps its flags, but for those that are CHANGEABLE
         mode = "resume" if args.resume else "evaluate"
         old, new = plain(load(path)["args"]), plain(replace(args, **{mode: None}))
@@ -556,7 +556,7 @@ class Run:
         self.record, self.queues = envs, (envs.return_queue, envs.length_queue)
         for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
             queue.extend(recent)
-        self.line, self.saved_step = f"{self.first_step:,} steps", start.get("global_step")
+        self.line = f"{self.first_step:,} steps"
         self.start = time.perf_counter()  # start-up does not count in the speed
 
     def log(self, count: int, total: int, scalars: dict[str, float]) -> None:
@@ -598,14 +598,14 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)  # whenever the power fails, path is whole, the old or the new
-        self.saved_step = step
 
     def close(self) -> None:
         """Say where the run has ended and how to go on from there, and flush TensorBoard."""
         print(f"\nend: {self.line}, after {timedelta(seconds=round(time.perf_counter() - self.start))}")
-        if self.saved_step is not None:
-            way = "evaluate" if self.saved_step >= self.args.total_timesteps else "resume"
-            print(f"{way} from step {self.saved_step:,}: python ppo.py --{way} {self.path}", flush=True)
+        if os.path.exists(os.path.join(self.path, "checkpoint.pt")):
+            step = load(self.path)["global_step"]  # a signal may have come before save returned
+            way = "evaluate" if step >= self.args.total_timesteps else "resume"
+            print(f"{way} from step {step:,}: python ppo.py --{way} {self.path}", flush=True)
         self.writer.close()
 
 

@@ -508,3 +508,18 @@ def test_numpy_and_other_objects_in_the_arguments():
     assert type(torch.load("runs/b/checkpoint.pt", weights_only=True)["global_step"]) is int
     ppo.train(dataclasses.replace(args, resume="runs/b", total_timesteps=128))
     assert torch.load("runs/b/checkpoint.pt", weights_only=True)["global_step"] == 128
+
+
+def test_the_last_line_goes_by_the_file(monkeypatch, capsys):
+    """A signal that comes while a checkpoint gets its name is handled right after, with save unfinished."""
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        if torch.load(target)["iteration"] == 2:
+            raise SystemExit(130)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(SystemExit):
+        ppo.train(ppo.Args(run_name="a", total_timesteps=2048, checkpoint_interval=1))
+    assert "resume from step 1,024: python ppo.py --resume runs/a" in capsys.readouterr().out
