@@ -113,10 +113,10 @@ class InputError(ValueError):
     """What the user asked for cannot be done; the message says why."""
 
 
-RANGES = {  # valid values beside None, where a flag's type has it; all comparisons with nan are False
+RANGES = {  # valid values beside None, where a flag's type has it; nan > 0 is False, as is an empty range
     "seed eval_episodes checkpoint_interval": ("whole, from 0", lambda x: x.__index__() >= 0),
     "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
-    "num_envs num_steps num_minibatches update_epochs total_timesteps": ("whole, from 1", range),  # or empty
+    "num_envs num_steps num_minibatches update_epochs total_timesteps": ("whole, from 1", range),
     "hidden_sizes": ("whole numbers from 1", lambda x: all(range(units) for units in x)),
     "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
     "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
