@@ -114,7 +114,7 @@ class InputError(ValueError):
 
 
 RANGES = {  # valid values beside None, where a flag's type has it; nan > 0 is False, as is an empty range
-    "seed eval_episodes checkpoint_interval": ("whole, from 0", lambda x: x.__index__() >= 0),
+    "seed eval_episodes checkpoint_interval": ("whole, from 0", lambda x: range(x + 1)),
     "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
     "num_envs num_steps num_minibatches update_epochs total_timesteps": ("whole, from 1", range),
     "hidden_sizes": ("whole numbers from 1", lambda x: all(range(units) for units in x)),
@@ -405,7 +405,7 @@ def train(args: Args) -> Agent:
             obs=np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32),  # raw
             action=np.zeros((T, N, *agent.action_shape), agent.action_dtype),  # as sampled
             reward=np.zeros((T, N), np.float32),  # raw
-            discounted=np.zeros((T, N), np.float32),  # sum of the episode's rewards up to this row
+            discounted=np.zeros((T, N), np.float32),  # discounted sum of the episode's rewards so far
             terminated=np.zeros((T, N), bool),  # the episode ended in a state that has no future
             done=np.zeros((T, N), bool),  # the episode ended, terminated or truncated
             valid=np.zeros((T, N), bool),  # the action was carried out: this row was no reset
