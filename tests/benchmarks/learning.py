@@ -83,9 +83,8 @@ POINTS = 100  # of a curve
 
 def machine():
     """The processor and the number of cores."""
-    found = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
