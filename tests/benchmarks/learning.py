@@ -5,10 +5,11 @@
     python tests/benchmarks/learning.py --folder runs/mine            # all of it again, elsewhere
 
 It may be interrupted and called again: a finished run is a line of results.csv, and is repeated only if its
-flags here have changed or that line is taken out (as after a change of ppo.py). In the folder are results.csv
-(a line a run), <environment>.csv (the learning curves), table.md and curves.png. The training return is the
-mean over the last 100 episodes, the evaluation that of 100 greedy episodes; seconds and steps per second are
-of the whole command, imports and evaluation included, with as many other runs beside it as --processes says.
+flags here or its preset have changed, or that line is taken out (as after another change of ppo.py). In the
+folder are results.csv (a line a run), <environment>.csv (the learning curves), table.md and curves.png. The
+training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes; seconds
+and steps per second are of the whole command, imports and evaluation included, with as many other runs beside
+it as --processes says.
 """
 
 import argparse
@@ -31,6 +32,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import ppo  # noqa: E402
+
 CLASSIC = "--num-envs 8 --num-steps 64 --update-epochs 10 --learning-rate 5e-4"
 LUNAR = """--total-timesteps 1_000_000 --num-envs 16 --num-steps 1024 --num-minibatches 256
     --learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98"""
@@ -88,6 +92,12 @@ def machine():
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
+def settings(env_id):
+    """What a run has beside its seed: the flags above, and what its preset sets."""
+    preset = {name: x for name, x in ppo.preset(env_id).items() if name != "preset"}
+    return " ".join([*FLAGS[env_id].split(), *(f"({name} {x})" for name, x in preset.items())])
+
+
 def train(env_id, seed):
     """Run ppo.py in an empty folder; return its line of results.csv, and its curve."""
     command = ["--env-id", env_id, "--seed", str(seed), "--eval-episodes", "100", "--run-name", "run"]
@@ -115,7 +125,7 @@ def train(env_id, seed):
         "evaluation_return": evaluation[1],
         "evaluation_std": evaluation[2],
         "seconds": round(seconds),
-        "flags": " ".join(FLAGS[env_id].split()),
+        "flags": settings(env_id),
         "versions": versions,
         "machine": machine(),
     }
@@ -245,7 +255,8 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     finished = {(x["env_id"], int(x["seed"]), x["flags"]) for x in read(args.folder / "results.csv")}
     wanted = dict.fromkeys((e, seed) for seed in args.seeds for e in args.only)
-    missing = [(e, seed) for e, seed in wanted if (e, seed, " ".join(FLAGS[e].split())) not in finished]
+    now = {e: settings(e) for e in args.only}
+    missing = [(e, seed) for e, seed in wanted if (e, seed, now[e]) not in finished]
     lock = Lock()
 
     def job(run):
