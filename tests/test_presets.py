@@ -11,8 +11,8 @@ import ppo
 
 CONTINUOUS = {
     "total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 32, "num_minibatches": 32, "update_epochs": 10,
-    "learning_rate": 3e-4, "ent_coef": 0.0, "vf_coef": 0.25, "log_std_init": -0.5, "norm_adv": False,
-    "recompute_advantages": True,
+    "learning_rate": 3e-4, "ent_coef": 0.0, "vf_coef": 0.25, "log_std_init": -1.0, "norm_adv": False,
+    "recompute_advantages": True, "target_kl": 0.05,
 }  # fmt: skip
 TINY = ["--run-name=a", "--total-timesteps=128", "--num-envs=2", "--num-minibatches=4", "--eval-episodes=0"]
 

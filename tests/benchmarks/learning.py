@@ -3,6 +3,7 @@
     python tests/benchmarks/learning.py                               # all that runs/benchmark/ lacks
     python tests/benchmarks/learning.py --only CartPole-v1 --seeds 1  # some of it
     python tests/benchmarks/learning.py --folder runs/mine            # all of it again, elsewhere
+    python tests/benchmarks/learning.py --folder runs/try --only Ant-v5 --seeds 11 --flags="--log-std-init -2"
 
 It may be interrupted and called again: a finished run is a line of results.csv, and is repeated only if its
 flags here or its preset have changed, or that line is taken out (as after another change of ppo.py). In the
@@ -250,8 +251,10 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/benchmark")
     parser.add_argument("--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="ENV_ID")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--flags", default="", help="more flags for all of them, to try another setting")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
+    FLAGS.update({env_id: f"{flags} {args.flags}" for env_id, flags in FLAGS.items()})
     args.folder.mkdir(parents=True, exist_ok=True)
     finished = {(x["env_id"], int(x["seed"]), x["flags"]) for x in read(args.folder / "results.csv")}
     wanted = dict.fromkeys((e, seed) for seed in args.seeds for e in args.only)
