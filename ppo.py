@@ -101,7 +101,7 @@ PRESETS = {"continuous": {  # what replaces the defaults above, found by measure
 
 
 def preset(env_id: str, env_kwargs: dict | None = None, name: str = "auto", mode: str = "sync") -> dict:
-    """The arguments of Args that a preset sets; auto takes the one for the actions of the environment."""
+    """The arguments of Args that a preset sets; auto makes the environment to see its actions."""
     if name == "auto" and isinstance(env_kwargs or {}, dict):  # what is no dict, check refuses
         args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
         with closing_envs(make_envs(args)) as envs:
@@ -141,7 +141,7 @@ def check(args: Args) -> None:
                     continue
             raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
     if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
-        raise InputError("Too many --num-minibatches: each needs two rows, and half of all may be resets.")
+        raise InputError("Too few --num-steps for two rows in each of --num-minibatches, if half are resets.")
     if path := args.resume or args.evaluate:  # a saved run keeps its flags, but for those that are CHANGEABLE
         mode = "resume" if args.resume else "evaluate"
         old, new = plain(load(path)["args"]), plain(replace(args, **{mode: None}))
@@ -649,8 +649,7 @@ def evaluate(path: str, args: Args) -> None:
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     video = {"video_folder": f"{folder}/videos", "name_prefix": f"step-{step}"} if args.capture_video else {}
     with closing_envs(make_envs(replace(args, num_envs=1), **video)) as envs:
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-        load(path, agent=agent)
+        agent = load_agent(path)
         for episode in range(len(returns)):
             obs, _ = envs.reset(seed=env_seed + episode)
             for _ in range(100_000):  # an agent may balance for ever
@@ -685,6 +684,7 @@ def main() -> None:
         flags = args.env_id, args.env_kwargs, args.preset, args.vectorization_mode
         default = load(path)["args"] if (path := args.resume or args.evaluate) else Args(**preset(*flags))
         args = tyro.cli(Args, default=default)  # again, as the first pass decided on the defaults
+        args.preset = default.preset if args.preset == "auto" else args.preset
         evaluate(args.evaluate, args) if args.evaluate else train(args)
     except (InputError, gym.error.DependencyNotInstalled, FloatingPointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -88,12 +88,15 @@ def test_flags_win_over_the_preset(tmp_path):
         (["--env-id=Pendulum-v1", "--preset=none"], "none"),
         (["--env-id=CartPole-v1", "--preset=continuous"], "continuous"),
         (["--env-id=Pendulum-v1", "--preset=auto"], "continuous"),
+        (["--env-id=CartPole-v1", "--preset=auto"], "none"),
     ],
 )
 def test_preset_flag(tmp_path, flags, name):
     result = run(tmp_path, *TINY, *flags)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == f"run: runs/a, from step 0, preset {name}"
     args = saved(tmp_path)
+    assert args["preset"] == name
     expected = CONTINUOUS if name == "continuous" else dataclasses.asdict(ppo.Args())
     for field in ("num_steps", "update_epochs", "learning_rate", "recompute_advantages", "vf_coef"):
         assert args[field] == expected[field], field
@@ -122,6 +125,7 @@ def test_a_continuous_run_is_resumed_and_evaluated_as_what_it_was(tmp_path):
         "num_envs": 2,
     }
     assert run(tmp_path, "--evaluate=runs/a", "--env-id=Pendulum-v1", "--eval-episodes=1").returncode == 0
+    assert run(tmp_path, "--resume=runs/a", "--preset=auto", "--total-timesteps=512").returncode == 0
 
 
 def test_a_resumed_run_keeps_its_own(tmp_path):

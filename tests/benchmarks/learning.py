@@ -10,7 +10,7 @@ flags here or its preset have changed, or that line is taken out (as after anoth
 folder are results.csv (a line a run), <environment>.csv (the learning curves), table.md and curves.png. The
 training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes; seconds
 and steps per second are of the whole command, imports and evaluation included, with as many other runs beside
-it as --processes says.
+it as --processes says. The table and the picture show the runs with the flags and presets of now.
 """
 
 import argparse
@@ -18,11 +18,14 @@ import csv
 import os
 import platform
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from threading import Lock
 
@@ -93,10 +96,12 @@ def machine():
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
+@cache
 def settings(env_id):
-    """What a run has beside its seed: the flags above, and what its preset sets."""
-    preset = {name: x for name, x in ppo.preset(env_id).items() if name != "preset"}
-    return " ".join([*FLAGS[env_id].split(), *(f"({name} {x})" for name, x in preset.items())])
+    """What a run has beside its seed: the flags above, and in brackets what its preset sets below them."""
+    flags = shlex.split(FLAGS[env_id])
+    preset = {} if "--preset" in flags else ppo.preset(env_id)
+    return " ".join([*flags, *(f"({name} {x})" for name, x in preset.items() if name != "preset")])
 
 
 def train(env_id, seed):
@@ -105,7 +110,7 @@ def train(env_id, seed):
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, ROOT / "ppo.py", *command, *FLAGS[env_id].split()],
+            [sys.executable, ROOT / "ppo.py", *shlex.split(FLAGS[env_id]), *command],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -159,6 +164,15 @@ def read(path):
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
+def current(folder):
+    """By environment the finished runs, as lines of results.csv, whose flags and preset are those of now."""
+    runs = {}
+    for line in read(folder / "results.csv"):
+        if line["env_id"] in FLAGS and line["flags"] == settings(line["env_id"]):
+            runs.setdefault(line["env_id"], []).append(line)
+    return runs
+
+
 def write(path, columns, rows):
     """Write a CSV file as a whole, so that an interruption leaves the old one or the new one."""
     with path.with_suffix(".tmp").open("w", newline="") as file:
@@ -185,14 +199,11 @@ def keep(folder, row, points):
 
 def table(folder):
     """Write table.md: mean and standard deviation over the seeds, beside what others have published."""
-    results = read(folder / "results.csv")
+    finished = current(folder)
     lines = ["| environment | steps | seeds | training return | greedy evaluation | " + " | ".join(SOURCES)]
     lines[0] += " | steps/s | minutes |"
     lines.append("|---" * (len(SOURCES) + 7) + "|")
-    for env_id in FLAGS:
-        runs = [x for x in results if x["env_id"] == env_id]
-        if not runs:
-            continue
+    for env_id, runs in finished.items():
         training, evaluation, seconds, steps = (
             np.array([float(x[name]) for x in runs])
             for name in ("training_return", "evaluation_return", "seconds", "steps")
@@ -202,23 +213,23 @@ def table(folder):
         cells += [PUBLISHED[env_id].get(source, "") for source in SOURCES]
         cells += [f"{(steps / seconds).mean():,.0f}", f"{seconds.mean() / 60:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Runs: " + "; ".join(sorted({f"{x['versions']}, {x['machine']}" for x in results})) + "."]
+    where = {f"{x['versions']}, {x['machine']}" for runs in finished.values() for x in runs}
+    lines += ["", "Runs: " + "; ".join(sorted(where)) + "."]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def picture(folder):
     """Draw curves.png: the mean over the seeds, its standard deviation shaded, and the published figures."""
-    shown = [env_id for env_id in FLAGS if read(folder / f"{env_id}.csv")]
-    rows = -(-len(shown) // 3)
+    shown = {env_id: [x["seed"] for x in runs] for env_id, runs in current(folder).items()}
+    rows = max(1, -(-len(shown) // 3))
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    for axis, env_id in zip(axes.flat, shown, strict=False):
+    for axis, (env_id, seeds) in zip(axes.flat, shown.items(), strict=False):
         points = read(folder / f"{env_id}.csv")
-        seeds = sorted({int(x["seed"]) for x in points})
         by_seed = [
-            np.array([(float(x["step"]), float(x["return"])) for x in points if x["seed"] == str(seed)]).T
+            np.array([(float(x["step"]), float(x["return"])) for x in points if x["seed"] == seed]).T
             for seed in seeds
         ]
         steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
@@ -248,18 +259,23 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/benchmark")
-    parser.add_argument("--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="ENV_ID")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    published = ROOT / "runs/benchmark"
+    parser.add_argument("--folder", type=Path, default=published, help="where results are (runs/benchmark)")
+    parser.add_argument(
+        "--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="ENV_ID", help="of the nine (all)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(1 to 5)")
     parser.add_argument("--flags", default="", help="more flags for all of them, to try another setting")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (2)")
     args = parser.parse_args()
+    if args.flags and args.folder.resolve() == published:
+        parser.error("with --flags comes a --folder of its own, as runs/benchmark is what was published")
     FLAGS.update({env_id: f"{flags} {args.flags}" for env_id, flags in FLAGS.items()})
     args.folder.mkdir(parents=True, exist_ok=True)
-    finished = {(x["env_id"], int(x["seed"]), x["flags"]) for x in read(args.folder / "results.csv")}
+    finished = {(e, int(x["seed"])) for e, runs in current(args.folder).items() for x in runs}
     wanted = dict.fromkeys((e, seed) for seed in args.seeds for e in args.only)
-    now = {e: settings(e) for e in args.only}
-    missing = [(e, seed) for e, seed in wanted if (e, seed, now[e]) not in finished]
+    missing = [run for run in wanted if run not in finished]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     lock = Lock()
 
     def job(run):
@@ -272,10 +288,13 @@ def main():
     try:
         for future in as_completed([pool.submit(job, run) for run in missing]):
             future.result()
-    finally:  # after Ctrl-C, which reaches the runs too, no further ones are started
+    except KeyboardInterrupt:  # which, when it is Ctrl-C, the runs under way have received too
+        print("interrupted; runs under way are waited for, unless they were interrupted as well", flush=True)
+        sys.exit(130)
+    finally:
         pool.shutdown(cancel_futures=True)
-    table(args.folder)
-    picture(args.folder)
+        table(args.folder)
+        picture(args.folder)
 
 
 if __name__ == "__main__":
