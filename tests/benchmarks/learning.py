@@ -222,7 +222,7 @@ def table(folder):
 def picture(folder):
     """Draw curves.png: the mean over the seeds, its standard deviation shaded, and the published figures."""
     shown = {env_id: [x["seed"] for x in runs] for env_id, runs in current(folder).items()}
-    rows = max(1, -(-len(shown) // 3))
+    rows = -(-len(shown) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
@@ -293,8 +293,9 @@ def main():
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
-        table(args.folder)
-        picture(args.folder)
+        if current(args.folder):
+            table(args.folder)
+            picture(args.folder)
 
 
 if __name__ == "__main__":
