@@ -556,8 +556,7 @@ class Run:
         self.record, self.queues = envs, (envs.return_queue, envs.length_queue)
         for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
             queue.extend(recent)
-        self.line = f"{self.first_step:,} steps"
-        self.start = time.perf_counter()  # start-up does not count in the speed
+        self.line, self.start = f"{self.first_step:,} steps", time.perf_counter()  # after the start-up
 
     def log(self, count: int, total: int, scalars: dict[str, float]) -> None:
         """Log the scalars, episodes and speed of iteration `count` of `total`, and show the progress."""
@@ -649,7 +648,8 @@ def evaluate(path: str, args: Args) -> None:
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     video = {"video_folder": f"{folder}/videos", "name_prefix": f"step-{step}"} if args.capture_video else {}
     with closing_envs(make_envs(replace(args, num_envs=1), **video)) as envs:
-        agent = load_agent(path)
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+        load(path, agent=agent)
         for episode in range(len(returns)):
             obs, _ = envs.reset(seed=env_seed + episode)
             for _ in range(100_000):  # an agent may balance for ever
