@@ -248,7 +248,7 @@ def picture(folder):
                 )
         axis.set_title(env_id, fontsize=10)
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=6, loc="lower right")
+        axis.legend(fontsize=6, loc="best")
     figure.supxlabel("environment steps", fontsize=9)
     figure.supylabel("episodic return in training", fontsize=9)
     figure.tight_layout()
