@@ -556,7 +556,7 @@ class Run:
         self.record, self.queues = envs, (envs.return_queue, envs.length_queue)
         for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
             queue.extend(recent)
-        self.line, self.start = f"{self.first_step:,} steps", time.perf_counter()  # after the start-up
+        self.line, self.start = f"{self.first_step:,} steps", time.perf_counter()  # leaves start-up out
 
     def log(self, count: int, total: int, scalars: dict[str, float]) -> None:
         """Log the scalars, episodes and speed of iteration `count` of `total`, and show the progress."""
@@ -684,7 +684,7 @@ def main() -> None:
         flags = args.env_id, args.env_kwargs, args.preset, args.vectorization_mode
         default = load(path)["args"] if (path := args.resume or args.evaluate) else Args(**preset(*flags))
         args = tyro.cli(Args, default=default)  # again, as the first pass decided on the defaults
-        args.preset = default.preset if args.preset == "auto" else args.preset
+        args.preset = default.preset if args.preset == "auto" else args.preset  # what auto came to
         evaluate(args.evaluate, args) if args.evaluate else train(args)
     except (InputError, gym.error.DependencyNotInstalled, FloatingPointError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -100,7 +100,7 @@ def machine():
 def settings(env_id):
     """What a run has beside its seed: the flags above, and in brackets what its preset sets below them."""
     flags = shlex.split(FLAGS[env_id])
-    preset = {} if "--preset" in flags else ppo.preset(env_id)
+    preset = {} if "--preset" in FLAGS[env_id] else ppo.preset(env_id)
     return " ".join([*flags, *(f"({name} {x})" for name, x in preset.items() if name != "preset")])
 
 
