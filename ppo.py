@@ -1,37 +1,66 @@
 # SPDX-License-Identifier: MIT
-"""Proximal Policy Optimization (PPO) in one file, for Gymnasium environments with vector observations.
+"""Proximal Policy Optimization (PPO) for Gymnasium's environments, in one file.
 
-    python ppo.py --env-id CartPole-v1                                     # half a million steps, a minute
-    python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'  # an environment of your own
-    python ppo.py --resume runs/name                                       # go on with a run that was stopped
+    python ppo.py --env-id CartPole-v1       # half a million steps, about a minute
+    python ppo.py --env-id HalfCheetah-v5    # continuous actions have defaults of their own
+    python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'
+    python ppo.py --resume runs/name         # continue a stopped run
+    python ppo.py --evaluate runs/name       # see what it has learnt
 
-Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch, D dimensions
-of a Box action, C choices of a MultiDiscrete one. *obs in a shape is the shape of one observation.
-Episodes end as in Gymnasium's NEXT_STEP autoreset: the step after an episode's last ignores the action and
-returns the next episode's first observation, with reward 0. So obs[t + 1] is always where row t led, and
-V(obs[t + 1]) its bootstrap; the row after an end only resets, is not `valid`, and is never trained on.
-[PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
-[GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
-[KL]   Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html
-[37]   Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track, numbered in its order
+Part I is PPO: 1 arguments, 2 environments, 3 networks, 4 the algorithm's formulas, 5 its phases and
+the training loop. Part II is plumbing: 6 arguments checked and parsed, 7 environments and random
+generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I uses of part II:
+
+    InputError        the request is invalid
+    explained         turns what an environment's constructor refuses into an InputError
+    check_spaces      refuses environments that cannot be trained on
+    check             refuses arguments that are out of range, or not those of a resumed run
+    set_up            seeds the process, sets torch's threads, returns the device
+    closing_envs      closes the environments at the end, even after an error
+    load, restore     read a checkpoint; give agent and optimizers what it holds
+    restart           resets environments and generators, at the start and at checkpoints
+    check_finite      raises if there is a nan or an infinity
+    check_optimizers  raises if a parameter of the agent is in no optimizer
+    Run               the folder of the run, its checkpoints, TensorBoard's log, the console
+    play              plays the episodes of an evaluation
+
+Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch,
+D dimensions of a Box action, C choices of a MultiDiscrete one. *obs is the shape of an observation.
+
+Episodes end as in Gymnasium's NEXT_STEP autoreset: the step after an episode's last ignores its
+action, and returns the next episode's first observation with reward 0. Such a row only resets: it
+is not valid, and never trained on. So obs[t + 1] is always where row t led, also at a time limit.
+
+    t   obs[t]            action    obs[t + 1]        done    valid
+    5   s_5               a_5       s_6, the last     True    True
+    6   s_6, the last     ignored   s_0 of the next   False   False
+    7   s_0 of the next   a_0       s_1               False   True
+
+(A fork with a recurrent state clears it after the row that is not valid, not before it.)
+
+[PPO]      Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+[GAE]      Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
+[KL]       Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html
+[Details]  Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track: 1-13
+           core, 14-22 Atari, 23-31 continuous actions, 32-36 LSTM, 37 MultiDiscrete
 """
 
-import errno
 import io
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
@@ -39,661 +68,1137 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
-from gymnasium.wrappers.vector import FlattenObservation, RecordEpisodeStatistics, RecordVideo
-from torch import Tensor, nn
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers.vector import FlattenObservation, RecordVideo
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-# --- 1. Arguments ------------------------------------------------------------------------------------------
+# --- 1. Arguments ---------------------------------------------------------------------------------
 JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
+# tyro makes a flag of each field; the comment beside or above it is the flag's help.
 @dataclass
 class Args:
-    """Train a PPO agent. Numbers may be written 1_000_000; None is off; defaults depend on --env-id."""
+    """Train a PPO agent. Numbers may be written 1_000_000. Some defaults depend on --env-id."""
 
+    # Run
     exp_name: str = "ppo"  # name of the experiment, used in made-up run names
-    run_name: str | None = None  # new folder in runs/ (None: made up as env_id__exp_name__seed__time)
-    seed: int = 1  # seed of the networks, the sampled actions, the minibatches and the environments
-    torch_deterministic: bool = True  # on CUDA, use only deterministic kernels of cuDNN (off: any)
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...; auto is the CPU, faster for small networks
-    env_id: str = "CartPole-v1"  # Gymnasium's id; module:Env-v0 imports the module first
-    env_kwargs: JsonObject = field(default_factory=dict)  # the environment's arguments, as '{"size": 5}'
-    preset: Literal["auto", "none", "continuous"] = "none"  # set of defaults (auto, if not given: by env)
+    run_name: str | None = None  # new folder in runs/ (None: env_id__exp_name__seed__time)
+    seed: int = 1  # seed of networks, actions, minibatches and environments
+    torch_deterministic: bool = True  # on CUDA, use cuDNN's deterministic kernels only (off: any)
+    device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: cpu, faster for small networks
+
+    # Files
+    resume: str | None = None  # folder of a run to continue, with the flags it was started with
+    # iterations between checkpoints, at which environments are reset (None: 100 a run, if they are
+    # 10,000 steps of each environment apart)
+    checkpoint_interval: int | None = None
+    evaluate: str | None = None  # folder of a run, or its .pt file, to evaluate without training
+    eval_episodes: int = 10  # episodes of an evaluation, also after training (0: none then)
+    eval_stochastic: bool = False  # sample the actions of an evaluation (off: take the likeliest)
+    capture_video: bool = False  # film the evaluation, at most 2,000 frames of each episode
+
+    # Environment
+    env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
+    env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, e.g. '{"size": 5}'
+    # set of defaults; on the command line auto, which is continuous for Box actions, else none
+    preset: Literal["auto", "none", "continuous"] = "none"
     num_envs: int = 4  # N, environments that are stepped side by side
-    # sync: one process; async: one each, pays from 0.3 ms a step; vector_entry_point: native, from 10 envs
+    # sync: in this process; async: a process each; vector_entry_point: its own, where there is one
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
-    total_timesteps: int = 500_000  # steps of all environments together, in whole rollouts; annealed to here
-    learning_rate: float = 2.5e-4  # alpha, the step size of Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run (off: constant)
+
+    # Rollout
+    total_timesteps: int = 500_000  # steps of all environments together, in whole rollouts
     num_steps: int = 128  # T, steps of each environment in a rollout
-    gamma: float = 0.99  # gamma, the discount factor (0: immediate reward only)
+    gamma: float = 0.99  # the discount factor (0: immediate rewards only)
     gae_lambda: float = 0.95  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
+
+    # Update
+    learning_rate: float = 2.5e-4  # step size of the optimizer
+    anneal_lr: bool = True  # let the learning rate fall linearly over the run (off: constant)
     num_minibatches: int = 4  # minibatches that an epoch splits the rollout into
     update_epochs: int = 4  # K, passes over each rollout
-    norm_adv: bool = True  # scale the advantages A of a minibatch to mean 0, deviation 1 (off: raw)
-    clip_coef: float = 0.2  # epsilon; the probability ratio is clipped to [1 - epsilon, 1 + epsilon]
-    anneal_clip: bool = False  # let epsilon fall linearly to 0 over the run (off: constant)
-    clip_vloss: bool = True  # clip the change of the value function by epsilon too (off: plain squared error)
-    dual_clip: float | None = None  # c > 1; the surrogate is at least c A where A < 0 (None: off)
+    norm_adv: bool = True  # scale advantages of a minibatch to mean 0, deviation 1 (off: raw)
+    max_grad_norm: float | None = 0.5  # clip the gradient to this global 2-norm (None: off)
+    target_kl: float | None = None  # stop an update once approximate KL exceeds this (None: off)
+    recompute_advantages: bool = False  # recompute values and advantages every epoch (off: once)
+
+    # Loss
+    clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
+    anneal_clip: bool = False  # let epsilon fall linearly over the run (off: constant)
+    clip_vloss: bool = True  # also clip the change of the value function to epsilon (off: do not)
+    dual_clip: float | None = None  # c > 1; surrogate is at least c A where A < 0 (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
-    max_grad_norm: float | None = 0.5  # clip the gradient to this global 2-norm (None: off)
-    target_kl: float | None = None  # end the update before a step whose approximate KL exceeds it (None: off)
-    recompute_advantages: bool = False  # value the rollout before every epoch (off: before the first only)
-    hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, in policy and value function alike
+
+    # Network and scaling
+    hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, policy and value alike
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
-    norm_obs: bool = True  # scale observations by running mean and deviation, clip to +-10 (off: raw)
-    norm_reward: bool = True  # divide rewards by the return's running deviation, clip to +-10 (off: raw)
-    resume: str | None = None  # run folder to go on in; bitwise, unless total, interval or device change
-    # iterations between checkpoints, where all episodes are cut (0: at the end only; None: >= 10,000 steps)
-    checkpoint_interval: int | None = None
-    evaluate: str | None = None  # folder of a run, or a .pt file of one, to evaluate without training
-    eval_episodes: int = 10  # episodes of the evaluation, also after a training (0: none, by --evaluate 10)
-    eval_stochastic: bool = False  # sample the actions of the evaluation (off: take the likeliest)
-    capture_video: bool = False  # film the evaluation, into videos/ of the run, 2,000 frames of an episode
+    norm_obs: bool = True  # scale observations by running mean and deviation, clip at 10 (off: raw)
+    norm_reward: bool = True  # divide rewards by the return's deviation, clip at 10 (off: raw)
 
 
-PRESETS = {"continuous": {  # what replaces the defaults above, found by measurement: see the README
-    "total_timesteps": 1_000_000, "num_envs": 64, "num_steps": 32, "num_minibatches": 32, "update_epochs": 10,
-    "learning_rate": 3e-4, "ent_coef": 0.0, "vf_coef": 0.25, "log_std_init": -1.0, "norm_adv": False,
-    "recompute_advantages": True, "target_kl": 0.05}}  # fmt: skip
+# --- 2. Environments ------------------------------------------------------------------------------
+def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
+    """Make the N environments of a run as one vector environment, with flattened observations.
 
-
-def preset(env_id: str, env_kwargs: dict | None = None, name: str = "auto", mode: str = "sync") -> dict:
-    """The arguments of Args that a preset sets; auto makes the environment to see its actions."""
-    if name == "auto" and isinstance(env_kwargs or {}, dict):  # what is no dict, check refuses
-        args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
-        with closing_envs(make_envs(args)) as envs:
-            name = "continuous" if isinstance(envs.single_action_space, spaces.Box) else "none"
-    return PRESETS.get(name, {}) | {"preset": name}
-
-
-class InputError(ValueError):
-    """What the user asked for cannot be done; the message says why."""
-
-
-RANGES = {  # valid values beside None, where a flag's type has it; nan > 0 is False, as is an empty range
-    "seed eval_episodes checkpoint_interval": ("whole, from 0", lambda x: range(x + 1)),
-    "device": ("auto or a device at hand", lambda x: x == "auto" or torch.zeros(1, device=x).tolist()),
-    "num_envs num_steps num_minibatches update_epochs total_timesteps": ("whole, from 1", range),
-    "hidden_sizes": ("whole numbers from 1", lambda x: all(range(units) for units in x)),
-    "learning_rate ent_coef vf_coef": ("finite and at least 0", lambda x: 0 <= x < math.inf),
-    "gamma gae_lambda": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "clip_coef max_grad_norm target_kl": ("finite and above 0", lambda x: 0 < x < math.inf),
-    "dual_clip": ("finite and above 1", lambda x: 1 < x < math.inf),
-    "log_std_init": ("from -20 to 2", lambda x: -20 <= x <= 2),
-    "resume": ("the folder of a run", os.path.isdir),
-    "evaluate": ("a path", lambda x: x != ""),
-    "activation": ("tanh or relu", lambda x: x in ("tanh", "relu")),
-    "env_kwargs": ("a JSON object, such as '{\"size\": 5}'", lambda x: isinstance(x, dict)),
-}
-CHANGEABLE = "total_timesteps checkpoint_interval device eval_episodes eval_stochastic capture_video"
-
-
-def check(args: Args) -> None:
-    """Raise InputError for what cannot be done, before anything is written."""
-    for names, (requirement, holds) in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            with suppress(Exception):  # what cannot even be compared does not hold
-                if (value is None and isinstance(None, Args.__annotations__[name])) or holds(value):
-                    continue
-            raise InputError(f"--{name.replace('_', '-')} must be {requirement}, not {value!r}.")
-    if args.num_envs * (args.num_steps // 2) < 2 * args.num_minibatches:
-        raise InputError("Too few --num-steps for two rows in each of --num-minibatches, if half are resets.")
-    if path := args.resume or args.evaluate:  # a saved run keeps its flags, but for those that are CHANGEABLE
-        mode = "resume" if args.resume else "evaluate"
-        old, new = plain(load(path)["args"]), plain(replace(args, **{mode: None}))
-        flags = [f"--{x.replace('_', '-')}" for x in old if x not in CHANGEABLE.split() and new[x] != old[x]]
-        if flags:
-            raise InputError(f"{', '.join(flags)} cannot be given with --{mode} {path}: it keeps its own.")
-    if args.capture_video:  # a missing renderer shows now, not after the training
-        args = replace(args, num_envs=1)
-        with TemporaryDirectory() as tmp, closing(make_envs(args, video_folder=f"{tmp}/videos")) as envs:
-            envs.reset()
-
-
-# --- 2. Environments ---------------------------------------------------------------------------------------
-def make_envs(args: Args, **video: str) -> gym.vector.VectorEnv:
-    """Make the vector environment of a run, with observations flattened to vectors where necessary.
-    Its `return_queue` and `length_queue` have the raw returns and lengths of episodes. With video, arguments
-    of RecordVideo such as `video_folder`, episodes are filmed. Raises InputError if it cannot be made.
+    Raises InputError if it cannot be made, or cannot be trained on.
     """
-    kwargs = args.env_kwargs | ({"render_mode": "rgb_array"} if video else {})
-    try:
-        module = "ale_py:" if args.env_id.startswith("ALE/") else ""  # which registers them
+    module = "ale_py:" if args.env_id.startswith("ALE/") else ""  # it registers the Atari games
+    kwargs = dict(args.env_kwargs)
+    if render_mode is not None:
+        kwargs["render_mode"] = render_mode
+    with explained(args.env_id, kwargs):
         envs = gym.make_vec(module + args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
-        if video:
-            envs = RecordVideo(envs, episode_trigger=lambda _: True, video_length=2000, **video)
-    except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
-        missing = [x.name for x in (error, error.__cause__) if isinstance(x, ModuleNotFoundError) and x.name]
-        hint = f" (try `pip install {missing[0].split('.')[0]}`)" if missing else ""
-        raise InputError(f"Cannot make {args.env_id}: {type(error).__name__}: {error}{hint}") from error
-    mode, space = envs.metadata.get("autoreset_mode"), envs.single_observation_space
-    if mode != gym.vector.AutoresetMode.NEXT_STEP:
-        raise InputError(f"{args.env_id} has autoreset mode {mode}, but only NEXT_STEP is supported.")
-    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
-        gym.logger.warn(f"images {space.shape} are flattened: there is no convolutional network")
-    if not space.is_np_flattenable or "Text(" in str(space) or "OneOf(" in str(space):
-        raise InputError(f"Observation space {space} is not supported, or a part of it is not.")
-    if not (isinstance(space, spaces.Box) and len(space.shape) == 1):
-        envs = FlattenObservation(envs)
-    # It keeps as many episodes as can end in an iteration; the usual key, "episode", may be in use already.
-    return RecordEpisodeStatistics(envs, max(100, int(args.num_envs * args.num_steps)), "raw_episode")
+    check_spaces(args.env_id, envs)
+    space = envs.single_observation_space
+    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+    return envs if is_vector else FlattenObservation(envs)
 
 
-# --- 3. Agent ----------------------------------------------------------------------------------------------
+# --- 3. Networks ----------------------------------------------------------------------------------
 class RunningStats(nn.Module):
-    """Mean and standard deviation of all rows given to `update`, by component; 0 and 1 before the first."""
+    """Mean and standard deviation, by component, of all rows seen; 0 and 1 before the first."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))  # not the variance, which float32 might not hold
+        self.register_buffer("std", torch.ones(shape))  # the variance might overflow float32
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, x: Tensor) -> None:
-        """Merge the rows x (B, *shape) with those before, in double precision (Chan, Golub, LeVeque 1983)."""
-        x, mean, std = x.cpu().double(), self.mean.cpu().double(), self.std.cpu().double()
-        weight = len(x) / (len(x) + self.count.item())  # of the new rows among all
-        delta = x.mean(0) - mean
-        var = (1 - weight) * (std**2 + weight * delta**2) + weight * x.var(0, correction=0)
+        """Merge the rows x (B, *shape) with those before (Chan, Golub, LeVeque 1983)."""
+        rows = x.cpu().double()
+        mean = self.mean.cpu().double()
+        std = self.std.cpu().double()
+        weight = len(rows) / (len(rows) + self.count.item())  # of the new rows among all
+        delta = rows.mean(0) - mean
+        within = (1 - weight) * std.square() + weight * rows.var(0, correction=0)
+        between = weight * (1 - weight) * delta.square()
         self.mean.copy_(mean + weight * delta)
-        self.std.copy_(var.sqrt().clamp(min=1e-4))  # a constant is not to be blown up without bound
-        self.count += len(x)
+        self.std.copy_((within + between).sqrt().clamp(min=1e-4))  # never divide by almost 0
+        self.count += len(rows)
 
 
-class Tanh(nn.Module):
-    """tanh; of many elements as 2 sigmoid(2x) - 1, where that saves more time than it costs (on CPUs)."""
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.tanh() if x.numel() < 50_000 else (2 * x).sigmoid_().mul(2).sub_(1)
+
+def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A layer with orthogonal weights, scaled by `gain`, and biases of 0 [Details] #2."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequential:
-    """A multilayer perceptron; orthogonal weights, by sqrt 2 inside and `gain` at the output [37] #2."""
-    layers = [nn.Linear(sizes[i], sizes[i + 1]) for i in range(len(sizes) - 1)]
-    for layer in layers:
-        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else math.sqrt(2))
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*[module for layer in layers for module in (layer, activation())][:-1])
+    """A multilayer perceptron with these numbers of units; `gain` scales the last layer."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
+        layers.append(linear(inputs, outputs, math.sqrt(2)))
+        layers.append(activation())
+    layers.append(linear(sizes[-2], sizes[-1], gain))
+    return nn.Sequential(*layers)
 
 
-class Policy(NamedTuple):
-    """pi(.|s) of B states: independent normals [37] #23, #25, or, without log_std, categoricals [37] #37."""
+class Categorical(NamedTuple):
+    """Independent choices among options, in B states [Details] #37; Discrete is a single choice.
 
-    output: Tensor  # means (B, D), or log-probabilities of the options, (B, options) or (B, C, options)
-    log_std: Tensor | None  # (D,), the same in all states
+    Actions are (B,) or (B, C), log-probabilities and entropies, in nats, (B,).
+    """
+
+    logp: Tensor  # (B, options) or (B, C, options), log-probabilities; -1e9 if there is none
+
+    def mode(self) -> Tensor:
+        return self.logp.argmax(-1)
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        # Gumbel-max: -log of exponential noise is Gumbel noise. Much faster than torch.multinomial.
+        exponential = torch.empty_like(self.logp).exponential_(generator=generator)
+        return (self.logp - exponential.log()).argmax(-1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        if self.log_std is None:
-            return self.output.gather(-1, action.unsqueeze(-1)).flatten(1).sum(1)  # (B,)
-        z = (action - self.output) / self.log_std.exp()  # (B, D)
-        return -0.5 * z.square().sum(1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()  # (B,)
+        return self.logp.gather(-1, action.unsqueeze(-1)).flatten(1).sum(1)
 
     def entropy(self) -> Tensor:
-        if self.log_std is None:
-            return -(self.output.exp() * self.output).flatten(1).sum(1)  # (B,)
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(self.output))  # (B,)
+        return -(self.logp.exp() * self.logp).flatten(1).sum(1)
+
+
+class Gaussian(NamedTuple):
+    """Independent normal distributions in B states, one for each dimension [Details] #23, #25.
+
+    Actions are (B, D), log-probabilities and entropies, in nats, (B,).
+    """
+
+    mean: Tensor  # (B, D)
+    log_std: Tensor  # (D,), the same in all states [Details] #24
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: Generator | None = None) -> Tensor:
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + self.log_std.exp() * noise
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        z = (action - self.mean) / self.log_std.exp()
+        return -0.5 * z.square().sum(1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+
+    def entropy(self) -> Tensor:
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return entropy.expand(len(self.mean))
 
 
 class Agent(nn.Module):
-    """Policy pi(a|s) and value function V(s): two networks that share the scaling of obs alone [37] #13.
-    `dist, value = agent(obs)` maps raw observations (B, *obs) to a Policy and values (B,) of scaled rewards.
-    Actions (B, *action_shape) are indices from 0 or unbounded reals, which `to_env` converts to the space's.
+    """Policy pi(a|s) and value function V(s), with the scaling of observations and rewards.
+
+    Takes the single spaces of `make_envs`. `dist, value = agent(obs)` maps raw observations
+    (B, *obs) to a distribution over actions and to values (B,), in units of scaled rewards. Actions
+    (B, *action_shape) are indices from 0 or unbounded reals; `to_env` maps them to action_space.
+    Raises InputError for an action space that is not supported.
     """
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.action_space, self.action_dtype, self.action_shape = action_space, np.int64, ()
-        self.log_std = missing = None
+        self.action_space = action_space
+        self.action_shape = ()
+        self.action_dtype = np.int64
+        self.log_std = None  # (D,), if the policy is Gaussian
+        absent = None  # (C, options), if there are several choices; True where an option is none
         if isinstance(action_space, spaces.Discrete):
             num_outputs = int(action_space.n)
         elif isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary):
-            options = np.ravel(getattr(action_space, "nvec", np.full(action_space.shape, 2)))  # (C,)
-            missing = np.arange(options.max()) >= options[:, None]  # (C, options), True where there is none
-            num_outputs, self.action_shape = missing.size, options.shape
-        elif isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
+            # Every choice gets as many outputs as the one with most options; a bit has two options.
+            options = np.ravel(getattr(action_space, "nvec", np.full(action_space.shape, 2)))
+            self.action_shape = options.shape
+            absent = torch.from_numpy(np.arange(options.max()) >= options[:, None])
+            num_outputs = absent.numel()
+        elif isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f":
             num_outputs = math.prod(action_space.shape)
-            self.action_shape, self.action_dtype = (num_outputs,), np.float32
-            self.log_std = nn.Parameter(torch.full((num_outputs,), float(args.log_std_init)))  # [37] #24
-            # [-1, 1] is mapped to [low, high] where both are real bounds; other dimensions are not mapped.
-            bounds = np.stack([action_space.low, action_space.high], -1).astype(np.float64)  # (*shape, 2)
-            bounds = np.where((abs(bounds) <= 1e6).all(-1, keepdims=True), bounds, (-1, 1))
-            self.scale, self.shift = np.diff(bounds)[..., 0] / 2, bounds.mean(-1)
+            self.action_shape = (num_outputs,)
+            self.action_dtype = np.float32
+            self.log_std = nn.Parameter(torch.full((num_outputs,), float(args.log_std_init)))
+            # [-1, 1] is mapped to [low, high] if both are real bounds; else nothing is mapped.
+            low = action_space.low.astype(np.float64)
+            high = action_space.high.astype(np.float64)
+            bounded = (low >= -1e6) & (high <= 1e6)
+            low = np.where(bounded, low, -1)
+            high = np.where(bounded, high, 1)
+            self.scale = (high - low) / 2  # (*space.shape)
+            self.shift = (high + low) / 2  # (*space.shape)
         else:
-            raise InputError(f"Actions {action_space} are not supported (Discrete, Multi..., float Box are).")
-        activation = Tanh if args.activation == "tanh" else nn.ReLU
-        self.actor = mlp([*observation_space.shape, *args.hidden_sizes, num_outputs], activation, gain=0.01)
-        self.critic = mlp([*observation_space.shape, *args.hidden_sizes, 1], activation, gain=1.0)
-        if missing is not None:  # a bias rules out the options that a choice lacks; no gradient reaches it
-            self.actor[-1].bias.data[missing.ravel()] = -1e9
-            self.actor.append(nn.Unflatten(1, missing.shape))
+            supported = "Discrete, MultiDiscrete, MultiBinary and Box of floats are"
+            raise InputError(f"Actions {action_space} are not supported; {supported}.")
+        self.register_buffer("absent", absent, persistent=False)
+        sizes = [*observation_space.shape, *args.hidden_sizes]
+        activation = ACTIVATIONS[args.activation]
+        self.actor = mlp([*sizes, num_outputs], activation, gain=0.01)
+        self.critic = mlp([*sizes, 1], activation, gain=1.0)  # separate networks [Details] #13, #26
         self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
         self.return_stats = RunningStats(()) if args.norm_reward else None
 
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Observations as the networks see them [37] #28-29."""
+    def features(self, obs: Tensor) -> Tensor:
+        """Observations (B, *obs) as both networks see them, scaled and clipped [Details] #28-29."""
         stats = self.obs_stats
-        return obs if stats is None else ((obs - stats.mean) / stats.std).clamp(-10, 10)
+        if stats is None:
+            return obs
+        return ((obs - stats.mean) / stats.std).clamp(-10, 10)
 
-    def forward(self, obs: Tensor) -> tuple[Policy, Tensor]:
-        features = self.normalize(obs)
-        output, value = self.actor(features), self.critic(features).squeeze(-1)
-        return Policy(output.log_softmax(-1) if self.log_std is None else output, self.log_std), value
+    def scale_reward(self, reward: Tensor) -> Tensor:
+        """Rewards of any shape, divided by the return's deviation, clipped [Details] #30-31."""
+        if self.return_stats is None:
+            return reward
+        return (reward / self.return_stats.std).clamp(-10, 10)
+
+    def policy(self, features: Tensor) -> Categorical | Gaussian:
+        """The distribution pi(.|s), for both acting and learning."""
+        output = self.actor(features)
+        if self.log_std is not None:
+            return Gaussian(output, self.log_std)
+        if self.absent is not None:  # -inf would make the entropy nan
+            output = output.view(-1, *self.absent.shape).masked_fill(self.absent, -1e9)
+        return Categorical(output.log_softmax(-1))
+
+    def forward(self, obs: Tensor) -> tuple[Categorical | Gaussian, Tensor]:
+        features = self.features(obs)
+        value = self.critic(features).squeeze(-1)
+        return self.policy(features), value
 
     @torch.no_grad()
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
-        """Sample actions (B, *action_shape) for raw observations (B, *obs); greedy takes the likeliest."""
-        output = self.actor(self.normalize(obs))
-        if self.log_std is not None:
-            return output if greedy else output + self.log_std.exp() * torch.randn_like(output)
-        # Gumbel-max, where -log of Exp(1) noise is Gumbel: several times faster than drawing from softmax.
-        return (output if greedy else output - torch.empty_like(output).exponential_().log()).argmax(-1)
+    def act(self, obs: Tensor, greedy: bool = False, generator: Generator | None = None) -> Tensor:
+        """Sample actions (B, *action_shape) for raw obs (B, *obs); greedy takes the likeliest."""
+        dist = self.policy(self.features(obs))
+        return dist.mode() if greedy else dist.sample(generator)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """Convert sampled actions (B, *action_shape) to elements (B, *space.shape) of the action space."""
-        space, action = self.action_space, action.reshape(-1, *self.action_space.shape)
+        """Convert actions (B, *action_shape) to elements (B, *space.shape) of the action space."""
+        space = self.action_space
+        action = action.reshape(-1, *space.shape)
         if self.log_std is None:
             return (action + getattr(space, "start", 0)).astype(space.dtype, copy=False)
-        return (action * self.scale + self.shift).astype(space.dtype).clip(space.low, space.high)  # [37] #27
+        mapped = action * self.scale + self.shift
+        return mapped.astype(space.dtype).clip(space.low, space.high)  # [Details] #27
 
     def scalars(self) -> dict[str, float]:
-        """Scalars of the agent itself for TensorBoard."""
-        return {} if self.log_std is None else {"charts/action_std": self.log_std.exp().mean().item()}
+        """Scalars of the agent itself to log."""
+        if self.log_std is None:
+            return {}
+        return {"action_std": self.log_std.exp().mean().item()}
 
 
-# --- 4. Algorithm ------------------------------------------------------------------------------------------
+# --- 4. Algorithm ---------------------------------------------------------------------------------
+class EnvState(NamedTuple):
+    """Where N environments stand between two rollouts."""
+
+    obs: np.ndarray  # (N, *obs), raw, to act on next
+    done: np.ndarray  # (N,) bool, the last row ended an episode
+    discounted_return: np.ndarray  # (N,) float64; these three are sums of the episode so far
+    episode_return: np.ndarray  # (N,) float64
+    episode_length: np.ndarray  # (N,) float64
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. Row t leads from obs[t] to obs[t + 1]."""
+
+    obs: Tensor  # (T + 1, N, *obs) float32, raw
+    action: Tensor  # (T, N, *action_shape) int64 or float32, as sampled
+    reward: Tensor  # (T, N) float32, raw
+    terminated: Tensor  # (T, N) bool, the episode ended in a state that has no future
+    done: Tensor  # (T, N) bool, the episode ended, terminated or truncated
+    valid: Tensor  # (T, N) bool, the action was carried out: the row before ended no episode
+    discounted_return: Tensor  # (T, N) float32, discounted sum of the episode's rewards so far
+    episode_return: Tensor  # (T, N) float32, sum of the episode's rewards so far
+    episode_length: Tensor  # (T, N) float32, steps of the episode so far
+
+
 class Minibatch(NamedTuple):
-    """Rows to train on, with advantages as the loss is to use them."""
+    """M valid rows to train on; all of a rollout before they are split."""
 
-    obs: Tensor  # (M, *obs)
-    action: Tensor  # (M, *action_shape)
-    logprob: Tensor  # (M,), log pi_old(a|s), by the policy that acted
-    value: Tensor  # (M,), V_old(s) of when advantages were computed, the centre of the value clip
-    advantage: Tensor  # (M,)
-    ret: Tensor  # (M,), the target of V(s)
+    obs: Tensor  # (M, *obs) float32, raw
+    action: Tensor  # (M, *action_shape) int64 or float32
+    logprob: Tensor  # (M,) float32, log pi_old(a|s)
+    value: Tensor  # (M,) float32, V_old(s), the centre of the value clip
+    advantage: Tensor  # (M,) float32, A; `update` normalises it
+    target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
-def gae(reward: Tensor, value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float):
-    """Generalised advantage estimation, for both kinds of episode ends.
-    A terminated row has no value to come; a truncated one has that of its own final observation; neither gets
-    an advantage from the next episode. Rows that are not valid come out meaningless, and affect no others.
-    Takes (T, N), but value (T + 1, N); returns the advantage and the return, the target of V, both (T, N).
+def sum_by_episode(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarray) -> np.ndarray:
+    """Sums (T, N) of x (T, N) over the episode so far; each step multiplies what was by `factor`.
+
+    `last` (N,) is the sum at the row before the first. A row that is not valid starts anew.
     """
-    delta = reward + gamma * value[1:] * ~terminated - value[:-1]  # [PPO] eq. 12
+    sums = np.empty(x.shape)
+    keep = factor * valid
+    for t in range(len(x)):
+        last = keep[t] * last + x[t]
+        sums[t] = last
+    return sums
+
+
+def gae(
+    reward: Tensor, value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, for both kinds of episode ends.
+
+    After a termination the next value is 0; after a truncation it is that of the final observation.
+    Neither gets an advantage from the next episode. Rows that are not valid come out meaningless,
+    and affect no others, because the row before each of them is done.
+
+    Takes (T, N), but value (T + 1, N). Returns advantages and targets of V, both (T, N).
+    """
+    delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # [PPO] eq. 12
     decay = gamma * gae_lambda * (~done).to(delta.dtype)
-    advantage, future = torch.empty_like(delta), torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage[t] = future = delta[t] + decay[t] * future  # [PPO] eq. 11, [GAE] eq. 16
+    advantage = torch.empty_like(delta)
+    next_advantage = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
+        next_advantage = delta[t] + decay[t] * next_advantage
+        advantage[t] = next_advantage
     return advantage, advantage + value[:-1]
 
 
-def ppo_loss(agent: nn.Module, minibatch: Minibatch, args: Args, clip_coef: float) -> tuple[Tensor, dict]:
-    """The scalar loss, which is the objective [PPO] eq. 9 negated, and detached scalars for logging."""
+def ppo_loss(
+    agent: Agent, minibatch: Minibatch, args: Args, epsilon: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scalar loss, which is the objective [PPO] eq. 9 negated, and detached scalars to log.
+
+    `epsilon` is the current clipping parameter: args.clip_coef, or less if it is annealed.
+    """
     dist, value = agent(minibatch.obs)
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob
-    ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1, but for rounding, on the first minibatch
-    # Clipped surrogate: nothing is gained by moving the ratio away from 1 by more than epsilon [PPO] eq. 7.
+    ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1, but for rounding, at the first step
+
+    # Clipped surrogate: no incentive to move the ratio beyond 1 +- epsilon [PPO] eq. 7.
     advantage = minibatch.advantage
-    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
-    if args.dual_clip is not None:  # nor lost without bound where A < 0, arXiv:1912.09729 eq. 5
-        surrogate = torch.where(advantage < 0, surrogate.max(args.dual_clip * advantage), surrogate)
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
+        bounded = torch.max(surrogate, args.dual_clip * advantage)
+        surrogate = torch.where(advantage < 0, bounded, surrogate)
     policy_loss = -surrogate.mean()
-    # Value loss: with clipping, the larger of the errors of V and of V within epsilon of V_old [37] #9.
-    error = (value - minibatch.ret).square()  # (M,)
+
+    # Value loss: the larger of the errors of V and of V within epsilon of V_old [Details] #9.
+    error = (value - minibatch.target).square()
     if args.clip_vloss:
-        clipped = value.clamp(minibatch.value - clip_coef, minibatch.value + clip_coef)
-        error = torch.max(error, (clipped - minibatch.ret).square())
-    value_loss = 0.5 * error.mean()
+        clipped = value.clamp(minibatch.value - epsilon, minibatch.value + epsilon)
+        error = torch.max(error, (clipped - minibatch.target).square())
+    value_loss = 0.5 * error.mean()  # the half is OpenAI baselines', not the paper's
+
     entropy = dist.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    info = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    info |= {"old_approx_kl": -logratio.mean(), "approx_kl": (ratio - 1 - logratio).mean()}  # [KL] k1, k3
-    info |= {"clipfrac": ((ratio - 1).abs() > clip_coef).float().mean()}
+    info = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),  # [KL] k1
+        "approx_kl": (ratio - 1 - logratio).mean(),  # [KL] k3
+        "clipfrac": ((ratio - 1).abs() > epsilon).float().mean(),
+    }
     return loss, {name: x.detach() for name, x in info.items()}
 
 
 @torch.no_grad()
-def logprob_and_value(agent: Agent, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    """Log pi(a|s) (T, N) and V(s) (T + 1, N) of obs (T + 1, N, *obs) and action, in chunks for the memory."""
-    action = torch.cat([action, action[-1:]])  # V is wanted of the last obs too, log pi is not
-    chunks = zip(obs.flatten(0, 1).split(4096), action.flatten(0, 1).split(4096), strict=True)
-    outputs = [(dist.log_prob(a), value) for o, a in chunks for dist, value in [agent(o)]]
-    logprob, value = (torch.cat(x).view(len(obs), -1) for x in zip(*outputs, strict=True))
-    return logprob[:-1], value
+def logprob_and_value(agent: Agent, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Log pi(a|s) (T, N) and V(s) (T + 1, N) of a rollout, in chunks, so that memory is bounded."""
+    logprobs = []
+    values = []
+    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(4096)
+    action_chunks = rollout.action.flatten(0, 1).split(4096)
+    for obs, action in zip(obs_chunks, action_chunks, strict=True):
+        dist, value = agent(obs)
+        logprobs.append(dist.log_prob(action))
+        values.append(value)
+    _, last_value = agent(rollout.obs[-1])
+    values.append(last_value)
+    N = rollout.done.shape[1]
+    return torch.cat(logprobs).view(-1, N), torch.cat(values).view(-1, N)
 
 
-class Adam(nn.Module):
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980) on one vector (P,), of which the parameters become views."""
+def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Minibatch:
+    """The valid rows of a rollout with their advantages, and log pi(a|s) and V(s) by this agent.
 
-    def __init__(self, parameters: list[nn.Parameter]):
-        super().__init__()
-        self.vector = nn.utils.parameters_to_vector(parameters).detach()
-        nn.utils.vector_to_parameters(self.vector, parameters)  # makes views
-        self.register_buffer("moments", self.vector.new_zeros(2, len(self.vector)))  # first and second
-        self.register_buffer("count", torch.tensor(0))  # stays on the CPU, where reading it does not wait
-
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        """Move the parameters against the gradient (P,), by algorithm 1 in the faster order of section 2."""
-        (mean, square), t = self.moments, self.count.add_(1).item()
-        mean.lerp_(gradient, 1 - 0.9)
-        square.lerp_(gradient.square(), 1 - 0.999)
-        root = math.sqrt(1 - 0.999**t)  # of the bias correction of square; epsilon is 1e-5 [37] #3
-        self.vector.addcdiv_(mean, square.sqrt() + 1e-5 * root, value=-learning_rate * root / (1 - 0.9**t))
-
-
-# --- 5. Training loop --------------------------------------------------------------------------------------
-def train(args: Args) -> Agent:
-    """Train an agent, write to runs/<run>/, evaluate and return it; sets all seeds and torch's threads.
-    Raises InputError (a ValueError) or DependencyNotInstalled before writing; FloatingPointError at a nan.
+    Called between a rollout and its update, when the policy still is pi_old.
     """
-    check(args)
-    device = torch.device("cpu" if args.device == "auto" else args.device)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # faster than more for layers as small as these
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    env_seed = reseed(args)
-    T, N = args.num_steps, args.num_envs
-    num_iterations = math.ceil(args.total_timesteps / (T * N))  # never fewer steps than asked for
-    with closing_envs(make_envs(args)) as envs, ExitStack() as stack:
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-        parameters = [x for x in agent.parameters() if x.requires_grad]
-        optimizer = Adam(parameters)  # torch.optim's is slower on small networks, and imports a compiler
-        rollout = SimpleNamespace(  # row t led from obs[t] to obs[t + 1]; filled anew in every iteration
-            obs=np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32),  # raw
-            action=np.zeros((T, N, *agent.action_shape), agent.action_dtype),  # as sampled
-            reward=np.zeros((T, N), np.float32),  # raw
-            discounted=np.zeros((T, N), np.float32),  # discounted sum of the episode's rewards so far
-            terminated=np.zeros((T, N), bool),  # the episode ended in a state that has no future
-            done=np.zeros((T, N), bool),  # the episode ended, terminated or truncated
-            valid=np.zeros((T, N), bool),  # the action was carried out: this row was no reset
-        )
-        start = load(args.resume, agent=agent, optimizer=optimizer) if args.resume else {"iteration": 0}
-        if start["iteration"] >= num_iterations:
+    logprob, value = logprob_and_value(agent, rollout)
+    reward = agent.scale_reward(rollout.reward)
+    advantage, target = gae(
+        reward, value, rollout.terminated, rollout.done, args.gamma, args.gae_lambda
+    )
+    valid = rollout.valid
+    return Minibatch(
+        obs=rollout.obs[:-1][valid],
+        action=rollout.action[valid],
+        logprob=logprob[valid],
+        value=value[:-1][valid],
+        advantage=advantage[valid],
+        target=target[valid],
+    )
+
+
+def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[Minibatch]:
+    """Shuffle the rows of a batch and deal them into `count` nearly equal parts [Details] #6."""
+    order = torch.randperm(len(batch.obs), generator=generator, device=generator.device)
+    for rows in order.tensor_split(count):
+        yield Minibatch._make(x[rows] for x in batch)
+
+
+def explained_variance(value: Tensor, target: Tensor) -> Tensor:
+    """The share of the targets' variance that values explain: 1 at best, nan without variance."""
+    return 1 - (target - value).var() / target.var()
+
+
+# --- 5. Training ----------------------------------------------------------------------------------
+def collect(
+    agent: Agent, envs: VectorEnv, state: EnvState, args: Args, generator: Generator
+) -> tuple[Rollout, EnvState]:
+    """Act for T steps in N environments, from where the last rollout ended [Details] #1.
+
+    Actions are drawn from the generator, on whose device the agent is. The steps only act: as the
+    policy does not change meanwhile, the rest is computed from the stored rows, in one batch.
+    """
+    T = args.num_steps
+    N = args.num_envs
+    device = generator.device
+    obs = np.empty((T + 1, *state.obs.shape), np.float32)
+    action = np.empty((T, N, *agent.action_shape), agent.action_dtype)
+    reward = np.empty((T, N), np.float32)
+    terminated = np.empty((T, N), bool)
+    truncated = np.empty((T, N), bool)
+    obs[0] = state.obs
+    for t in range(T):
+        obs_tensor = torch.from_numpy(obs[t]).to(device)
+        action[t] = agent.act(obs_tensor, generator=generator).cpu().numpy()
+        obs[t + 1], reward[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(action[t]))
+    check_finite(obs=obs, action=action, reward=reward)
+
+    done = terminated | truncated
+    valid = ~np.concatenate([state.done[None], done[:-1]])
+    discounted_return = sum_by_episode(reward, valid, args.gamma, state.discounted_return)
+    episode_return = sum_by_episode(reward, valid, 1.0, state.episode_return)
+    episode_length = sum_by_episode(valid, valid, 1.0, state.episode_length)
+    rollout = Rollout(
+        obs=torch.from_numpy(obs).to(device),
+        action=torch.from_numpy(action).to(device),
+        reward=torch.from_numpy(reward).to(device),
+        terminated=torch.from_numpy(terminated).to(device),
+        done=torch.from_numpy(done).to(device),
+        valid=torch.from_numpy(valid).to(device),
+        discounted_return=torch.from_numpy(discounted_return).float().to(device),
+        episode_return=torch.from_numpy(episode_return).float().to(device),
+        episode_length=torch.from_numpy(episode_length).float().to(device),
+    )
+    next_state = EnvState(
+        obs=obs[-1],
+        done=done[-1],
+        discounted_return=discounted_return[-1],
+        episode_return=episode_return[-1],
+        episode_length=episode_length[-1],
+    )
+    return rollout, next_state
+
+
+def update(
+    agent: Agent,
+    optimizers: list[Optimizer],
+    rollout: Rollout,
+    batch: Minibatch,
+    args: Args,
+    epsilon: float,
+    generator: Generator,
+) -> list[dict[str, Tensor]]:
+    """K epochs of minibatch steps over the batch of a rollout [PPO] alg. 1.
+
+    Stops before a step if the policy has moved further than args.target_kl. Returns the scalars of
+    every step taken. Raises RuntimeError if a parameter is in no optimizer.
+    """
+    check_optimizers(agent, optimizers)  # a fork may have rebound one
+    parameters = list(agent.parameters())
+    max_norm = args.max_grad_norm or math.inf
+    infos = []
+    for epoch in range(args.update_epochs):
+        if epoch > 0 and args.recompute_advantages:
+            recomputed = estimate_advantages(agent, rollout, args)
+            batch = recomputed._replace(logprob=batch.logprob)  # that of pi_old, which acted
+        for minibatch in minibatches(batch, args.num_minibatches, generator):
+            advantage = minibatch.advantage
+            if args.norm_adv:  # [Details] #7
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            loss, info = ppo_loss(agent, minibatch._replace(advantage=advantage), args, epsilon)
+            if args.target_kl is not None and info["approx_kl"] > args.target_kl:
+                return infos
+            agent.zero_grad()
+            loss.backward()
+            info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)  # [Details] #11
+            for optimizer in optimizers:
+                optimizer.step()
+            infos.append(info)
+    return infos
+
+
+def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None = None) -> Agent:
+    """Train an agent, write its run to a folder in runs/, evaluate it, and return it.
+
+    `checkpoint` is that of args.resume, if it is loaded already. Seeds the process's generators and
+    sets torch's threads. Raises InputError, a ValueError, before anything is written, and
+    NonFiniteError, a FloatingPointError, at a nan or an infinity.
+    """
+    if args.resume is not None and checkpoint is None:
+        checkpoint = load(args.resume)
+    check(args, checkpoint)
+    device = set_up(args)
+    generator = Generator(device)  # for actions and minibatches; environments cannot reach it
+    num_iterations = math.ceil(args.total_timesteps / (args.num_envs * args.num_steps))
+    with closing_envs(make_envs(args)) as envs:
+        torch.manual_seed(args.seed)  # again, as making the environments may have drawn from it
+        agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
+        agent.to(device)
+        # One or more of torch's, for all parameters together; eps is [Details] #3, fused is faster.
+        optimizers = [
+            torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+        ]
+        first_iteration = restore(checkpoint, agent, optimizers)
+        if first_iteration >= num_iterations:
             print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
             return agent
-        envs.reset(seed=env_seed)  # what fails here fails before anything is written
-        run = stack.enter_context(closing(Run(args, envs, agent, optimizer, start)))
-        default = max(num_iterations // 100, math.ceil(10_000 / T))  # 10,000 steps between cuts, or more
-        interval = default if args.checkpoint_interval is None else args.checkpoint_interval
-        for iteration in range(start["iteration"], num_iterations):
-            # A resumed run begins here, and an unbroken one begins anew, so that both go on alike: the states
-            # of environments and generators need no saving. Running episodes are cut, not marked as ended.
-            if iteration == start["iteration"] or (interval and iteration % interval == 0):
-                if interval:
-                    run.save(iteration)
-                rollout.obs[T], _ = envs.reset(seed=reseed(args, iteration))
-                discounted, done = np.zeros(N), np.zeros(N, bool)  # of the row before
+        state = restart(envs, args, first_iteration, generator)
+        with closing(Run(args, envs, agent, optimizers, checkpoint)) as run:
+            for iteration in range(first_iteration, num_iterations):
+                # Anneal linearly, from 1 in the first iteration towards 0 [Details] #4.
+                remaining = 1 - iteration / num_iterations
+                epsilon = args.clip_coef * (remaining if args.anneal_clip else 1)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        initial_lr = group.setdefault("initial_lr", group["lr"])
+                        group["lr"] = initial_lr * (remaining if args.anneal_lr else 1)
 
-            # Anneal linearly: 1 in the first iteration, 1 / num_iterations in the last [37] #4.
-            remaining = 1 - iteration / num_iterations
-            clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
-            learning_rate = float(args.learning_rate) * (remaining if args.anneal_lr else 1)
+                rollout, state = collect(agent, envs, state, args, generator)
+                if agent.return_stats is not None:
+                    agent.return_stats.update(rollout.discounted_return[rollout.valid])
 
-            # Rollout: act for T steps, from where the last rollout ended [37] #1.
-            rollout.obs[0] = rollout.obs[T]
-            try:
-                for t in range(T):
-                    action = agent.act(torch.from_numpy(rollout.obs[t]).to(device)).cpu().numpy()
-                    rollout.action[t], rollout.valid[t] = action, ~done
-                    obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
-                    rollout.obs[t + 1], rollout.reward[t], rollout.terminated[t] = obs, reward, terminated
-                    rollout.discounted[t] = discounted = args.gamma * discounted * ~done + reward
-                    rollout.done[t] = done = terminated | truncated
-            finally:
-                check_finite({"obs": rollout.obs, "action": rollout.action, "reward": rollout.reward})
-            data = SimpleNamespace(**{k: torch.from_numpy(x).to(device) for k, x in vars(rollout).items()})
+                batch = estimate_advantages(agent, rollout, args)
+                infos = update(agent, optimizers, rollout, batch, args, epsilon, generator)
+                if agent.obs_stats is not None:  # only now: pi_old would have changed before
+                    agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
-            # Advantages (T, N), from rewards divided by the running deviation of the return [37] #30-31.
-            reward = data.reward
-            if agent.return_stats is not None:
-                agent.return_stats.update(data.discounted[data.valid])
-                reward = (reward / agent.return_stats.std).clamp(-10, 10)
-            logprob, value = logprob_and_value(agent, data.obs, data.action)
-            gae_args = (data.terminated, data.done, args.gamma, args.gae_lambda)
-            advantage, ret = gae(reward, value, *gae_args)
-            unexplained = advantage[data.valid].var() / ret[data.valid].var()  # the advantage is ret - value
-
-            # Update: K passes over the valid rows, each in minibatches that are shuffled anew [37] #6.
-            infos, stop = [], False
-            rows = data.valid.flatten().nonzero().squeeze(1)  # (number of valid rows,), of T * N
-            for epoch in range(args.update_epochs):
-                if epoch > 0 and args.recompute_advantages:
-                    _, value = logprob_and_value(agent, data.obs, data.action)
-                    advantage, ret = gae(reward, value, *gae_args)
-                order = rows[torch.randperm(len(rows), device=device)]
-                columns = (data.obs[:-1], data.action, logprob, value[:-1], advantage, ret)
-                parts = (x.flatten(0, 1)[order].tensor_split(args.num_minibatches) for x in columns)
-                for minibatch in map(Minibatch, *parts):
-                    if args.norm_adv:  # [37] #7
-                        adv = minibatch.advantage
-                        minibatch = minibatch._replace(advantage=(adv - adv.mean()) / (adv.std() + 1e-8))
-                    loss, info = ppo_loss(agent, minibatch, args, clip_coef)
-                    # KL stop: the policy has moved too far already, so this step is not taken.
-                    stop = args.target_kl is not None and info["approx_kl"].item() > args.target_kl
-                    if stop:
-                        break
-                    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-                    gradient = torch.cat([x.flatten() for x in gradients])  # (P,), of all parameters
-                    info["grad_norm"] = norm = gradient.norm()
-                    gradient *= ((args.max_grad_norm or math.inf) / norm).clamp(max=1)  # [37] #11
-                    optimizer.step(gradient, learning_rate)
-                    infos.append(info)
-                if stop:
-                    break
-            if agent.obs_stats is not None:  # not before, as that would change the log-probabilities
-                agent.obs_stats.update(data.obs[:-1][data.valid])
-            losses = {name: torch.stack([x[name] for x in infos]).cpu().numpy() for name in dict(*infos[:1])}
-            check_finite(losses)  # there are none, if the KL stop came before the first step
-            scalars = {f"losses/{name}": x.mean() for name, x in losses.items()} | agent.scalars()
-            scalars["losses/explained_variance"] = 1 - unexplained.item()
-            run.log(iteration + 1, num_iterations, scalars | {"charts/learning_rate": learning_rate})
-        run.save(num_iterations)
-    if args.eval_episodes:
-        evaluate(run.path, args)
+                run.log(iteration + 1, rollout, batch, infos)
+                if run.checkpoint_is_due(iteration + 1):
+                    run.save(iteration + 1)
+                    # A resumed run starts from reset environments, so this one does so too.
+                    state = restart(envs, args, iteration + 1, generator)
+        if args.eval_episodes > 0:
+            play(agent, args, run.path, run.saved_step)
     return agent
 
 
-# --- 6. Plumbing: nothing below is PPO ---------------------------------------------------------------------
-def reseed(args: Args, *key: int) -> int:
-    """Seed all generators by args.seed and key; return the first environment's seed, to count up from."""
-    env_seed, seed = map(int, np.random.SeedSequence(args.seed, spawn_key=key).generate_state(2))
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (some environments draw from the global generator)
-    torch.manual_seed(seed)
-    return env_seed % 2**30  # native vector environments accept less than 2**31
+# === Part II: plumbing; nothing below is PPO ======================================================
+# --- 6. Arguments, checked and parsed -------------------------------------------------------------
+class InputError(ValueError):
+    """The request is invalid; the message says why."""
+
+
+PRESETS = {  # what replaces the defaults of Args; found by measurement, see the README
+    "none": {},
+    "continuous": {
+        "total_timesteps": 1_000_000,
+        "num_envs": 64,
+        "num_steps": 32,
+        "learning_rate": 3e-4,
+        "num_minibatches": 32,
+        "update_epochs": 10,
+        "norm_adv": False,
+        "target_kl": 0.05,
+        "recompute_advantages": True,
+        "ent_coef": 0.0,
+        "vf_coef": 0.25,
+        "log_std_init": -1.0,
+    },
+}
+CHANGEABLE = (  # what a saved run may be given anew when it is resumed or evaluated
+    "total_timesteps",
+    "checkpoint_interval",
+    "device",
+    "eval_episodes",
+    "eval_stochastic",
+    "capture_video",
+)
+
+
+def preset(
+    env_id: str, env_kwargs: dict | None = None, name: str = "auto", mode: str = "sync"
+) -> dict:
+    """The arguments that a preset sets; `auto` makes an environment and goes by its actions."""
+    if name == "auto":
+        args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
+        check(args)
+        with closing_envs(make_envs(args)) as envs:
+            continuous = isinstance(envs.single_action_space, spaces.Box)
+        name = "continuous" if continuous else "none"
+    return {"preset": name, **PRESETS[name]}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """What a command line asks for, such as ["--env-id", "Pendulum-v1"], its preset included."""
+    args, _ = parse(argv)
+    return args
+
+
+def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """The arguments, and the checkpoint of the run that they name, if they do.
+
+    Two passes: the first finds the environment or the checkpoint, which decides on the defaults.
+    The second shows and uses them.
+    """
+    auto = Args(preset="auto")
+    first, unknown = tyro.cli(
+        Args, args=argv, default=auto, return_unknown_args=True, add_help=False
+    )
+    path = first.evaluate if first.resume is None else first.resume
+    mode = first.vectorization_mode
+    checkpoint = None
+    try:
+        if path is None:
+            defaults = Args(**preset(first.env_id, first.env_kwargs, first.preset, mode))
+        else:
+            checkpoint = load(path)
+            defaults = checkpoint["args"]
+    except Exception as error:
+        if "--help" not in unknown and "-h" not in unknown:
+            raise
+        print(f"{error} These are the defaults of --preset none:\n")
+        defaults = Args()
+    args = tyro.cli(Args, args=argv, default=defaults)
+    if args.preset == "auto":  # the user wrote --preset auto
+        args.preset = defaults.preset
+    return args, checkpoint
+
+
+def flag(name: str) -> str:
+    """An argument as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check(args: Args, checkpoint: dict | None = None) -> None:
+    """Raise InputError for arguments out of range, or not those of the saved run."""
+
+    def require(name: str, holds: bool, requirement: str) -> None:
+        if not holds:
+            raise InputError(f"{flag(name)} must be {requirement}, not {getattr(args, name)!r}.")
+
+    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps"):
+        require(name, getattr(args, name) >= 1, "at least 1")
+    for name in ("seed", "eval_episodes"):
+        require(name, getattr(args, name) >= 0, "at least 0")
+    for name in ("learning_rate", "ent_coef", "vf_coef"):
+        require(name, 0 <= getattr(args, name) < math.inf, "finite and at least 0")
+    for name in ("gamma", "gae_lambda"):
+        require(name, 0 <= getattr(args, name) <= 1, "from 0 to 1")
+    for name in ("clip_coef", "max_grad_norm", "target_kl"):
+        x = getattr(args, name)
+        require(name, x is None or 0 < x < math.inf, "finite and above 0")
+    c = args.dual_clip
+    require("dual_clip", c is None or 1 < c < math.inf, "finite and above 1")
+    interval = args.checkpoint_interval
+    require("checkpoint_interval", interval is None or interval >= 1, "at least 1")
+    require("log_std_init", -20 <= args.log_std_init <= 2, "from -20 to 2")
+    require("hidden_sizes", min(args.hidden_sizes, default=1) >= 1, "at least 1 each")
+    require("activation", args.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+    require("env_kwargs", isinstance(args.env_kwargs, dict), "a JSON object: '{\"size\": 5}'")
+    require("resume", args.resume is None or os.path.isdir(args.resume), "the folder of a run")
+    rows = args.num_envs * (args.num_steps // 2) // args.num_minibatches
+    if rows < 2:  # a minibatch of one row has no deviation; every second row may be a reset
+        raise InputError("Too few --num-steps for two rows in each of --num-minibatches.")
+    if checkpoint is not None:
+        check_unchanged(args, checkpoint)
+
+
+def check_unchanged(args: Args, checkpoint: dict) -> None:
+    """Raise InputError for arguments that are not those of the saved run."""
+    mode = "evaluate" if args.resume is None else "resume"
+    given = plain(replace(args, **{mode: None}))
+    saved = plain(checkpoint["args"])
+    changed = [flag(x) for x in saved if x not in CHANGEABLE and given[x] != saved[x]]
+    if changed:
+        path = getattr(args, mode)
+        names = ", ".join(changed)
+        raise InputError(f"{names} cannot be given with --{mode} {path}: it keeps its own.")
+
+
+def plain(args: Args) -> dict:
+    """The arguments in types of JSON; other objects become strings."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+# --- 7. Environments and random generators --------------------------------------------------------
+@contextmanager
+def explained(env_id: str, kwargs: dict) -> Iterator[None]:
+    """Turn what Gymnasium or the constructor of an environment refuses into an InputError."""
+    try:
+        yield
+    except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
+        refused = isinstance(error, gym.error.Error | ImportError)
+        if not refused and not kwargs:
+            raise  # no argument was given that could be refused, so it is a bug
+        hint = "; pip install ale-py" if "ale_py" in str(error) else ""
+        asked = f"{env_id} with {kwargs}" if kwargs else env_id
+        raise InputError(f"Cannot make {asked}: {type(error).__name__}: {error}{hint}") from error
+
+
+def check_spaces(env_id: str, envs: VectorEnv) -> None:
+    """Raise InputError for environments that cannot be trained on."""
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.NEXT_STEP:
+        raise InputError(f"{env_id} has autoreset mode {mode}, but only NEXT_STEP is supported.")
+    space = envs.single_observation_space
+    if not is_numeric(space):
+        raise InputError(f"Observations {space} are not supported, or a part of them is not.")
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
+        gym.logger.warn(f"images {space.shape} are flattened: there is no convolutional network")
+
+
+def is_numeric(space: spaces.Space) -> bool:
+    """Whether observations of this space become a vector of fixed length when flattened."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = space.values() if isinstance(space, spaces.Dict) else space
+        return all(is_numeric(part) for part in parts)
+    numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+    return isinstance(space, numeric)
 
 
 @contextmanager
-def closing_envs(envs: gym.vector.VectorEnv):
-    """Close the environments at the end; after a failure, without waiting for workers, which may be dead."""
+def closing_envs(envs: VectorEnv) -> Iterator[VectorEnv]:
+    """Close the environments at the end; after a failure, without waiting for what may be dead."""
     try:
         yield envs
-        envs.close()
-    finally:  # which does nothing after a success
-        for worker in getattr(envs.unwrapped, "processes", ()):
-            envs.unwrapped.closed = True  # or Gymnasium would wait for an answer
+    except BaseException:
+        workers = getattr(envs.unwrapped, "processes", ())
+        for worker in workers:
             worker.terminate()
+        for worker in workers:
             worker.join(0.5)  # for it to close its environment
             worker.kill()
+        if workers:
+            envs.unwrapped.closed = True  # else Gymnasium would wait for their answers
         envs.unwrapped.close()  # without the wrappers, of which one may be filming
+        raise
+    envs.close()
 
 
-def check_finite(columns: dict[str, np.ndarray]) -> None:
-    """Raise FloatingPointError for the first nan or infinity along axis 0, and say what is being raised."""
-    first = {name: bad.tolist() for name, x in columns.items() for bad in np.argwhere(~np.isfinite(x))[:1]}
-    if first:
-        name = min(first, key=lambda name: first[name][0])  # of equals, the one that columns has first
-        found, failure = f"{name}{first[name]} is {columns[name][tuple(first[name])]}", sys.exc_info()[1]
-        raise FloatingPointError(found + (f", upon which came {failure!r}" if failure else ""))
+def set_up(args: Args) -> torch.device:
+    """Seed the process's generators, set torch's threads, and return the device to train on."""
+    name = "cpu" if args.device == "auto" else args.device
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter is that of a torch without CUDA
+        reason = f"--device must be auto or a device at hand, not {args.device!r}."
+        raise InputError(reason) from error
+    device = torch.device(name)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # faster than more for layers as small as these
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    reseed(args)
+    return device
 
 
+def reseed(args: Args, *key: int) -> tuple[int, int]:
+    """Seed the process's generators, from which environments may draw, by args.seed and key.
+
+    Returns the seed of the first environment, to count up from, and that of the run's generator.
+    """
+    sequence = np.random.SeedSequence(args.seed, spawn_key=key)
+    seed, env_seed, run_seed = sequence.generate_state(3).tolist()
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+    return env_seed % 2**30, run_seed  # native vector environments accept less than 2**31
+
+
+def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -> EnvState:
+    """Reset environments and generators, by seeds that follow from args.seed and iteration.
+
+    Done at the start and at every checkpoint, so that resumed and unbroken runs go on alike, bit
+    for bit, though no state of environments or generators is saved. Episodes under way are cut:
+    they are not marked as ended, and do not count.
+    """
+    env_seed, run_seed = reseed(args, iteration)
+    generator.manual_seed(run_seed)
+    obs, _ = envs.reset(seed=env_seed)
+    zeros = np.zeros(args.num_envs)
+    return EnvState(
+        obs=obs,
+        done=np.zeros(args.num_envs, bool),
+        discounted_return=zeros,
+        episode_return=zeros,
+        episode_length=zeros,
+    )
+
+
+class NonFiniteError(FloatingPointError):
+    """Nothing can be learnt from a nan or an infinity; the message says where it was."""
+
+
+def check_finite(**arrays: np.ndarray) -> None:
+    """Raise NonFiniteError if there is a nan or an infinity; the first along axis 0 is named."""
+    found = []
+    for name, x in arrays.items():
+        indices = np.argwhere(~np.isfinite(x)).tolist()
+        if indices:
+            index = indices[0]
+            found.append((index[0], len(found), f"{name}{index} is {x[tuple(index)]}"))
+    if found:
+        raise NonFiniteError(min(found)[-1])
+
+
+def check_optimizers(agent: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Raise RuntimeError for a parameter that no optimizer has: it would never learn."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    known = {id(x) for group in groups for x in group["params"]}
+    for name, parameter in agent.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise RuntimeError(f"No optimizer knows the agent's parameter {name}.")
+
+
+# --- 8. The folder of a run -----------------------------------------------------------------------
 class Run:
-    """The folder of a run, with its checkpoints and TensorBoard's log, and what the console shows."""
+    """The folder of a run, with its checkpoints and TensorBoard's log, and what the console shows.
 
-    def __init__(self, args: Args, envs: gym.vector.VectorEnv, agent: Agent, optimizer: Adam, start: dict):
-        self.args, self.agent, self.optimizer = replace(args, resume=None), agent, optimizer
-        self.batch_size = int(args.num_envs * args.num_steps)
-        self.first_step, self.best = start.get("global_step", 0), start.get("best", -math.inf)
-        made_up = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-        name = "".join(c if c.isalnum() or c in "_-." else "-" for c in args.run_name or made_up)
-        self.path = args.resume or os.path.join("runs", name.strip(".-") or "run")
-        try:
-            os.makedirs(self.path, exist_ok=bool(args.resume))
-        except OSError as error:
-            raise InputError(f"Cannot make folder {self.path}: {error.strerror}; set --run-name.") from error
-        self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if args.resume else None)
+    Raises InputError if the folder cannot be made. The first checkpoint is written at once.
+    """
+
+    def __init__(
+        self,
+        args: Args,
+        envs: VectorEnv,
+        agent: Agent,
+        optimizers: list[Optimizer],
+        checkpoint: dict | None,
+    ):
+        self.args = replace(args, resume=None)
+        self.agent = agent
+        self.optimizers = optimizers
+        self.batch_size = args.num_envs * args.num_steps
+        self.num_iterations = math.ceil(args.total_timesteps / self.batch_size)
+        self.interval = args.checkpoint_interval
+        if self.interval is None:  # each environment has 10,000 steps between cuts, or more
+            self.interval = max(self.num_iterations // 100, math.ceil(10_000 / args.num_steps))
+        start = checkpoint or {"iteration": 0, "returns": [], "lengths": [], "best": -math.inf}
+        self.returns = deque(start["returns"], maxlen=100)  # raw, of the last episodes that ended
+        self.lengths = deque(start["lengths"], maxlen=100)
+        self.best = start["best"]
+        self.first_step = start["iteration"] * self.batch_size
+        self.path = args.resume or make_folder(args)
+        purge_step = self.first_step + 1 if args.resume else None
+        self.writer = SummaryWriter(self.path, purge_step=purge_step)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
+        self.show_header(envs)
+        self.save(start["iteration"])
+        self.progress = f"{self.first_step:,} steps"
+        self.start_time = time.perf_counter()  # so that the start-up does not count
+
+    def show_header(self, envs: VectorEnv) -> None:
+        """Say what is trained on what."""
+        args = self.args
+        parameters = list(self.agent.parameters())
+        size = sum(parameter.numel() for parameter in parameters)
         print(f"run: {self.path}, from step {self.first_step:,}, preset {args.preset}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
-        print(f"agent: {len(optimizer.vector):,} parameters on {optimizer.vector.device}", flush=True)
-        while not isinstance(envs, RecordEpisodeStatistics):  # where other wrappers are above it
-            envs = envs.env
-        self.record, self.queues = envs, (envs.return_queue, envs.length_queue)
-        for queue, recent in zip(self.queues, start.get("recent", ([], [])), strict=True):
-            queue.extend(recent)
-        self.line, self.start = f"{self.first_step:,} steps", time.perf_counter()  # leaves start-up out
+        print(f"agent: {size:,} parameters on {parameters[0].device}", flush=True)
 
-    def log(self, count: int, total: int, scalars: dict[str, float]) -> None:
-        """Log the scalars, episodes and speed of iteration `count` of `total`, and show the progress."""
-        step, seconds = count * self.batch_size, time.perf_counter() - self.start
-        scalars["charts/SPS"] = speed = (step - self.first_step) / seconds
-        returns, lengths = (np.array(queue) for queue in self.queues)
-        new, self.record.episode_count = self.record.episode_count, 0
-        if new:
-            scalars |= {"charts/episodes": new, "charts/episodic_length": lengths[-new:].mean()}
-            for suffix, statistic in ("", np.mean), ("_min", np.min), ("_max", np.max):
-                scalars["charts/episodic_return" + suffix] = statistic(returns[-new:])
+    def log(self, iteration: int, rollout: Rollout, batch: Minibatch, infos: list[dict]) -> None:
+        """Log the episodes, the mean losses and other scalars of an iteration, counted from 1.
+
+        Raises NonFiniteError if a loss or a gradient was not finite.
+        """
+        step = iteration * self.batch_size
+        speed = (step - self.first_step) / (time.perf_counter() - self.start_time)
+        names = infos[0] if infos else ()  # there are none where the KL stop came at once
+        losses = {name: torch.stack([info[name] for info in infos]).cpu().numpy() for name in names}
+        check_finite(**losses)
+        scalars = {f"losses/{name}": x.mean() for name, x in losses.items()}
+        scalars |= {f"charts/{name}": x for name, x in self.agent.scalars().items()}
+        scalars["losses/explained_variance"] = explained_variance(batch.value, batch.target).item()
+        scalars["charts/learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
+        scalars["charts/SPS"] = speed
+        returns = rollout.episode_return[rollout.done].tolist()
+        lengths = rollout.episode_length[rollout.done].tolist()
+        self.returns.extend(returns)
+        self.lengths.extend(lengths)
+        if returns:
+            scalars["charts/episodes"] = len(returns)
+            scalars["charts/episodic_length"] = np.mean(lengths)
+            scalars["charts/episodic_return"] = np.mean(returns)
+            scalars["charts/episodic_return_min"] = min(returns)
+            scalars["charts/episodic_return_max"] = max(returns)
         for tag, value in scalars.items():
-            if math.isfinite(value):  # explained variance is not, where all returns are the same
+            if math.isfinite(value):  # explained variance is nan if all targets are equal
                 self.writer.add_scalar(tag, value, step)
-        left = timedelta(seconds=round((total - count) * self.batch_size / speed))
-        self.line = f"{step:,} steps ({count / total:.0%}), {speed:,.0f} steps/s"
-        if len(returns):
-            self.line += f", return {returns[-100:].mean():.1f}, length {lengths[-100:].mean():.1f}"
-        if sys.stdout.isatty():  # one line that updates itself; in a file, 32 lines
-            width = (os.get_terminal_size().columns or 80) - 1
-            print(f"\r{f'{self.line}, {left} left':{width}.{width}}", end="", flush=True)
-        elif count * 32 // total > (count - 1) * 32 // total:
-            print(f"{self.line}, {left} left", flush=True)
+        self.show(iteration, speed)
+
+    def show(self, iteration: int, speed: float) -> None:
+        """Show the progress: on a terminal in one line that updates itself, in a file in 32."""
+        total = self.num_iterations
+        step = iteration * self.batch_size
+        self.progress = f"{step:,} steps ({iteration / total:.0%}), {speed:,.0f} steps/s"
+        if self.returns:
+            means = f"return {np.mean(self.returns):.1f}, length {np.mean(self.lengths):.1f}"
+            self.progress += f", {means}"
+        seconds_left = round((total - iteration) * self.batch_size / speed)
+        line = f"{self.progress}, {timedelta(seconds=seconds_left)} left"
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
+            print("\r\x1b[K" + line[:width], end="", flush=True)
+        elif iteration * 32 // total > (iteration - 1) * 32 // total:
+            print(line, flush=True)
+
+    def checkpoint_is_due(self, iteration: int) -> bool:
+        """Whether a checkpoint is to be written after so many iterations."""
+        return iteration % self.interval == 0 or iteration == self.num_iterations
 
     def save(self, iteration: int) -> None:
-        """Write checkpoint.pt, and before it best.pt if the last 100 episodes are the best so far."""
+        """Write checkpoint.pt, and before it best.pt if the last 100 episodes were the best."""
         self.writer.flush()  # a resumed run logs only what comes after the checkpoint
-        recent = [np.array(queue)[-100:].tolist() for queue in self.queues]
-        mean = sum(recent[0]) / 100 if len(recent[0]) == 100 else -math.inf
+        mean = float(np.mean(self.returns)) if len(self.returns) == 100 else -math.inf
         names = ["best.pt", "checkpoint.pt"] if mean > self.best else ["checkpoint.pt"]
-        self.best, step = max(mean, self.best), iteration * self.batch_size
-        where = {"iteration": iteration, "global_step": step, "recent": recent, "best": self.best}
-        state = {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({"format": 2, "args": plain(self.args)} | where | state, buffer := io.BytesIO())
-        for path in (os.path.join(self.path, name) for name in names):
+        self.best = max(mean, self.best)
+        step = iteration * self.batch_size
+        checkpoint = {
+            "format": 3,
+            "args": plain(self.args),
+            "iteration": iteration,
+            "global_step": step,
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+            "best": self.best,
+            "agent": self.agent.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        for name in names:
+            path = os.path.join(self.path, name)
             with open(path + ".tmp", "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(path + ".tmp", path)  # whenever the power fails, path is whole, the old or the new
+            os.replace(path + ".tmp", path)  # atomic: path is never half-written
+        self.saved_step = step
 
     def close(self) -> None:
-        """Say where the run has ended and how to go on from there, and flush TensorBoard."""
-        print(f"\nend: {self.line}, after {timedelta(seconds=round(time.perf_counter() - self.start))}")
-        if os.path.exists(os.path.join(self.path, "checkpoint.pt")):
-            step = load(self.path)["global_step"]  # a signal may have come before save returned
-            way = "evaluate" if step >= self.args.total_timesteps else "resume"
-            print(f"{way} from step {step:,}: python ppo.py --{way} {self.path}", flush=True)
+        """Say where the run has ended and how to go on from there, and close TensorBoard's log."""
+        seconds = round(time.perf_counter() - self.start_time)
+        print(f"\nend: {self.progress}, after {timedelta(seconds=seconds)}")
+        way = "evaluate" if self.saved_step >= self.args.total_timesteps else "resume"
+        print(f"{way} from step {self.saved_step:,}: python ppo.py --{way} {self.path}", flush=True)
         self.writer.close()
 
 
-def plain(args: Args) -> dict:
-    """The flags in types of JSON: numpy's values as numbers and lists, other objects by their names."""
-    return json.loads(json.dumps(vars(args), default=lambda x: getattr(x, "tolist", x.__str__)()))
-
-
-def load(path: str, **parts: nn.Module) -> dict:
-    """Read the checkpoint at path, a run's folder or a .pt file; restore the parts agent and optimizer."""
-    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+def make_folder(args: Args) -> str:
+    """Make the folder of a new run in runs/. Raises InputError if it cannot be made."""
+    milliseconds = time.time_ns() // 10**6
+    name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{milliseconds}"
+    safe = "".join(c if c.isalnum() or c in "_-." else "-" for c in name).strip(".-")
+    path = os.path.join("runs", safe or "run")
     try:
-        if zipfile.ZipFile(path).testzip():  # torch itself checks no checksums
-            raise ValueError("it is damaged")
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))  # executes nothing
-        if checkpoint["format"] != 2:
-            raise ValueError(f"its format is {checkpoint['format']}, not 2")
-        hidden_sizes = tuple(checkpoint["args"].pop("hidden_sizes"))  # a list in the file
-        checkpoint["args"] = Args(**checkpoint["args"], hidden_sizes=hidden_sizes)
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+        os.makedirs(path)
+    except OSError as error:
+        raise InputError(f"Cannot make folder {path}: {error.strerror}; set --run-name.") from error
+    return path
+
+
+# --- 9. Loading and evaluation --------------------------------------------------------------------
+def load(path: str) -> dict:
+    """The checkpoint in a run's folder, or a .pt file; its "args" are Args, its "path" the file's.
+
+    Runs no code from the file. Raises InputError if it is not a valid checkpoint.
+    """
+    file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:  # torch itself checks no checksums
+                raise ValueError("it is damaged")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != 3:
+            raise ValueError(f"its format is {checkpoint['format']}, not 3")
+        args = Args(**checkpoint["args"])
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0]  # its first sentence
-        raise InputError(f"Cannot use {path}: {type(error).__name__}: {reason}.") from error
-    return checkpoint
+        raise unusable(file, error) from error
+    args.hidden_sizes = tuple(args.hidden_sizes)  # a list in JSON
+    return {**checkpoint, "args": args, "path": file}
 
 
-def load_agent(path: str) -> Agent:
-    """The trained agent of a run's folder, or of a .pt file, on the CPU. Raises InputError, a ValueError."""
-    args = load(path)["args"]
+def unusable(file: str, error: Exception) -> InputError:
+    """What to say of a checkpoint that cannot be used."""
+    reason = " ".join(str(error).split()).partition(". ")[0]  # its first sentence
+    return InputError(f"Cannot use {file}: {type(error).__name__}: {reason}.")
+
+
+def restore(checkpoint: dict | None, agent: nn.Module, optimizers: list[Optimizer]) -> int:
+    """Give agent and optimizers what a checkpoint holds, if any, and return its iteration.
+
+    Raises InputError if it does not fit them.
+    """
+    if checkpoint is None:
+        return 0
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        states = checkpoint["optimizers"] if optimizers else []
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        return checkpoint["iteration"]
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise unusable(checkpoint["path"], error) from error
+
+
+def make_agent(checkpoint: dict, args: Args, agent_class: type[Agent]) -> Agent:
+    """The agent of a checkpoint, on the CPU."""
     with closing_envs(make_envs(replace(args, num_envs=1))) as envs:
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-    load(path, agent=agent)
+        agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
+    restore(checkpoint, agent, optimizers=[])
     return agent
 
 
-def evaluate(path: str, args: Args) -> None:
-    """Run args.eval_episodes episodes of the agent saved at path, seeded; log and print their raw returns."""
-    check(replace(args, device="auto"))  # it runs on the CPU
-    step, env_seed, returns = load(path)["global_step"], reseed(args), np.zeros(args.eval_episodes or 10)
+def load_agent(path: str, agent_class: type[Agent] = Agent) -> Agent:
+    """The trained agent of a run's folder or of a .pt file, on the CPU. Raises InputError."""
+    checkpoint = load(path)
+    return make_agent(checkpoint, checkpoint["args"], agent_class)
+
+
+def evaluate(
+    path: str, args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None = None
+) -> np.ndarray:
+    """Play episodes with the agent saved at path, a run's folder or a .pt file; see `play`.
+
+    `checkpoint` is what is there, if it is loaded already. Raises InputError.
+    """
+    if checkpoint is None:
+        checkpoint = load(path)
+    args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10)
+    check(args, checkpoint)
+    set_up(replace(args, device="cpu"))
+    agent = make_agent(checkpoint, args, agent_class)
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    video = {"video_folder": f"{folder}/videos", "name_prefix": f"step-{step}"} if args.capture_video else {}
-    with closing_envs(make_envs(replace(args, num_envs=1), **video)) as envs:
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-        load(path, agent=agent)
-        for episode in range(len(returns)):
+    return play(agent, args, folder, checkpoint["global_step"])
+
+
+def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
+    """Play args.eval_episodes episodes, each with a seed of its own, and return their raw returns.
+
+    Prints their statistics, and logs their mean, at `step`, and films to the folder.
+    """
+    env_seed, run_seed = reseed(args)
+    device = next(agent.parameters()).device
+    generator = Generator(device).manual_seed(run_seed)
+    envs = make_envs(replace(args, num_envs=1), "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        envs = RecordVideo(
+            envs,
+            os.path.join(folder, "videos"),
+            episode_trigger=lambda episode: True,
+            video_length=2000,
+            name_prefix=f"step-{step}",
+        )
+    returns = np.zeros(args.eval_episodes)
+    with closing_envs(envs):
+        for episode in range(args.eval_episodes):
             obs, _ = envs.reset(seed=env_seed + episode)
             for _ in range(100_000):  # an agent may balance for ever
-                action = agent.act(torch.as_tensor(obs, dtype=torch.float32), not args.eval_stochastic)
-                obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action.numpy()))
+                obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
+                action = agent.act(obs_tensor, greedy=not args.eval_stochastic, generator=generator)
+                action = agent.to_env(action.cpu().numpy())
+                obs, reward, terminated, truncated, _ = envs.step(action)
                 returns[episode] += reward.item()
                 if terminated or truncated:
                     break
-    mean, std, low, high = returns.mean(), returns.std(), returns.min(), returns.max()
-    how = f"{len(returns)} episodes, {'stochastic' if args.eval_stochastic else 'greedy'}"
-    print(f"eval: mean {mean:.1f} std {std:.1f} min {low:.1f} max {high:.1f} ({how})", flush=True)
+    statistics = f"mean {returns.mean():.1f} std {returns.std():.1f}"
+    extremes = f"min {returns.min():.1f} max {returns.max():.1f}"
+    way = "stochastic" if args.eval_stochastic else "greedy"
+    print(f"eval: {statistics} {extremes} ({len(returns)} episodes, {way})", flush=True)
     with closing(SummaryWriter(folder)) as writer:
-        writer.add_scalar("eval/episodic_return", mean, step)
+        writer.add_scalar("eval/episodic_return", returns.mean(), step)
+    return returns
 
 
-# --- 7. Main -----------------------------------------------------------------------------------------------
+# --- 10. Main -------------------------------------------------------------------------------------
+def leave(signum: int, _frame: object) -> None:
+    """End the process by raising SystemExit, so that context managers clean up."""
+    sys.exit(128 + signum)
+
+
 def main() -> None:
-    """Do what the command line says. Exit code 2: bad input; 1: the run cannot go on; 128 + n: signal n."""
-
-    def leave(signum: int, _frame: object) -> None:
-        # Once more after a while, as Python swallows what is raised in a __del__.
-        threading.Thread(target=lambda: (time.sleep(0.2), signal.raise_signal(signum)), daemon=True).start()
-        if not isinstance(sys.exc_info()[1], SystemExit):  # else the end is under way
-            sys.exit(128 + signum)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, leave)
-    # What fails in TensorBoard's thread is raised here too, and needs no traceback of its own.
-    threading.excepthook = lambda x: isinstance(x.exc_value, OSError) or threading.__excepthook__(x)
+    """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
     try:
-        args, _ = tyro.cli(Args, default=Args(preset="auto"), return_unknown_args=True, add_help=False)
-        flags = args.env_id, args.env_kwargs, args.preset, args.vectorization_mode
-        default = load(path)["args"] if (path := args.resume or args.evaluate) else Args(**preset(*flags))
-        args = tyro.cli(Args, default=default)  # again, as the first pass decided on the defaults
-        args.preset = default.preset if args.preset == "auto" else args.preset  # what auto came to
-        evaluate(args.evaluate, args) if args.evaluate else train(args)
-    except (InputError, gym.error.DependencyNotInstalled, FloatingPointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise  # not a full disk, but some fault of the environment
+        args, checkpoint = parse(sys.argv[1:])
+        if args.evaluate is not None and args.resume is None:
+            evaluate(args.evaluate, args, checkpoint=checkpoint)
+        else:
+            train(args, checkpoint=checkpoint)
+    except (InputError, gym.error.DependencyNotInstalled, NonFiniteError) as error:
         print(f"ppo.py: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError | OSError) else 2)
-    finally:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # nothing disturbs the end of the interpreter
+        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
 
 
 if __name__ == "__main__":

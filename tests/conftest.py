@@ -1,7 +1,7 @@
 # ruff: noqa: E402, I001
 import signal
+import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,23 +21,24 @@ def in_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def restored_handlers():
     """What main does to its process, it must not do to that of the tests."""
-    signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    hook = threading.excepthook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in signals.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
-    threading.excepthook = hook
 
 
 @pytest.fixture
-def updates(monkeypatch):
-    """What reaches the loss while the test trains: (minibatch, clip_coef, info) of every call, in order."""
-    calls, original = [], ppo.ppo_loss
+def command(monkeypatch, capsys):
+    """Does what a command line says, in this process; returns exit code and output."""
 
-    def ppo_loss(agent, minibatch, args, clip_coef):
-        loss, info = original(agent, minibatch, args, clip_coef)
-        calls.append((ppo.Minibatch(*(x.clone() for x in minibatch)), clip_coef, dict(info)))
-        return loss, info
+    def execute(*flags):
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *flags])
+        capsys.readouterr()  # what was printed before
+        code = 0
+        try:
+            ppo.main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 
-    monkeypatch.setattr(ppo, "ppo_loss", ppo_loss)
-    return calls
+    return execute

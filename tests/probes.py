@@ -8,6 +8,7 @@ import time
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 
 SEEDS = []  # every seed that a Counting environment of this process was reset with
@@ -88,8 +89,60 @@ class Forever(Probe):
         return self.observe(), 1.0, False, False, {}
 
 
+class Expiring(Forever):
+    """Reward 1 for 10 steps, after which the episode terminates, which no observation tells."""
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), 1.0, self.t == 10, False, {}
+
+
+class Clock(Delay):
+    """Delay, in which time passes: 1/16 of a second a step, and 1,000 seconds a reset by seed."""
+
+    seconds = 0.0  # since the start, of all such environments of this process
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            Clock.seconds += 1000
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        Clock.seconds += 1 / 16
+        return super().step(action)
+
+
+class Reseeding(Probe):
+    """Episodes of 5 steps; seeds the global generators, always alike, when the argument says so."""
+
+    actions = []  # of all such environments of this process, in order  # noqa: RUF012
+
+    def __init__(self, when="never"):
+        self.when = when
+        self.seed_globals("init")
+
+    def seed_globals(self, now):
+        if now == self.when:
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+
+    def reset(self, *, seed=None, options=None):
+        self.seed_globals("reset")
+        return super().reset(seed=seed, options=options)
+
+    def observe(self):
+        return self.np_random.uniform(-1, 1, 1).astype(np.float32)
+
+    def step(self, action):
+        self.seed_globals("step")
+        self.actions.append(int(action))
+        self.t += 1
+        return self.observe(), float(action), self.t == 5, False, {}
+
+
 class Copy(gym.Env):
-    """One step in which the action should equal the observation, in the space that the argument names."""
+    """One step in which the action should equal the observation, in the space of that kind."""
 
     SPACES = {  # noqa: RUF012
         "discrete": spaces.Discrete(4, start=3),
@@ -146,8 +199,9 @@ class Counting(gym.Env):
         self.t += 1
         self.over = self.t == self.LENGTHS[self.episode % 5]
         end = self.ENDS[self.episode % 3] if self.over else ""
-        reward = self.reward(self.episode, self.t)
-        return self.observe(), reward, end in ("terminated", "both"), end in ("truncated", "both"), {}
+        terminated = end in ("terminated", "both")
+        truncated = end in ("truncated", "both")
+        return self.observe(), self.reward(self.episode, self.t), terminated, truncated, {}
 
     @staticmethod
     def reward(episode, t):
@@ -159,7 +213,8 @@ class Spaces(gym.Env):
 
     def __init__(self, observation_space=None, action_space=None, real=False):
         self.observation_space = observation_space or spaces.Box(-5, 20, (3,), np.float64)
-        self.action_space = action_space or (spaces.Box(-1, 1, (1,)) if real else spaces.Discrete(2))
+        default = spaces.Box(-1, 1, (1,)) if real else spaces.Discrete(2)
+        self.action_space = action_space or default
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -174,17 +229,18 @@ class Spaces(gym.Env):
 
 
 class Noisy(Probe):
-    """Draws from the generators of random and numpy as well as from its own, and never ends of itself."""
+    """Draws from the generators of random and numpy as well as from its own; never ends."""
 
     def observe(self):
-        return np.array([random.random() + np.random.random() + self.np_random.random()], np.float32)  # noqa: NPY002
+        numbers = random.random(), np.random.random(), self.np_random.random()  # noqa: NPY002
+        return np.array([sum(numbers)], np.float32)
 
     def step(self, action):
         return self.observe(), random.random(), False, False, {}
 
 
 class RiseAndFall(Probe):
-    """Episodes of one step, whose return rises until the 600th of each environment and falls again."""
+    """Episodes of one step, whose return rises until an environment's 600th and falls again."""
 
     count = 0
 
@@ -226,7 +282,7 @@ class Deleted:
 
 
 class Nuisance(Probe):
-    """Makes it hard to stop: by a signal in a __del__, in step 2000, or by a process that it has started."""
+    """Makes it hard to stop: by a signal in a __del__, in step 2000, or by a child process."""
 
     def __init__(self, kind):
         self.kind, self.count = kind, 0
@@ -274,7 +330,7 @@ class OddError(Exception):
 
 
 class Faulty(Probe):
-    """Goes wrong in its 40th step, in the way named by the argument, or is unusable from the start."""
+    """Goes wrong in its 40th step, in the way that `fault` says, or cannot be used at all."""
 
     def __init__(self, fault="none", size=1):
         self.fault, self.steps = fault, 0
@@ -302,7 +358,8 @@ class Faulty(Probe):
                 obs = obs + np.float32("nan")
             if self.fault == "reward":
                 reward = float("inf")
-            if self.fault == "exception" or (self.fault == "exception after nan" and self.steps > 40):
+            after_nan = self.fault == "exception after nan" and self.steps > 40
+            if self.fault == "exception" or after_nan:
                 raise RuntimeError("the motor is on fire")
             if self.fault == "exception after nan":
                 obs = obs + np.float32("nan")
@@ -341,7 +398,11 @@ for name, entry_point, limit in [
     ("Shifted", Shifted, None),
     ("Endless", Forever, None),
     ("RiseAndFall", RiseAndFall, None),
+    ("Expiring", Expiring, None),
+    ("Clock", Clock, None),
+    ("Reseeding", Reseeding, None),
 ]:
     gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)
 gym.register("SameStep-v0", Constant, vector_entry_point=SameStep)
-gym.register("Native-v0", vector_entry_point="gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv")
+native = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+gym.register("Native-v0", vector_entry_point=native)

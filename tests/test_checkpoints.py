@@ -1,6 +1,7 @@
-"""Runs that are killed, interrupted, resumed and refused, as real processes."""
+"""Runs that are killed, interrupted, resumed and refused."""
 
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -12,7 +13,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
+import pieces
+import probes
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,36 +24,97 @@ from test_cli import PPO, TESTS, run
 
 import ppo
 
-SMALL = {"num_steps": 16, "num_envs": 2, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 0}
+SMALL = {
+    "num_steps": 16,
+    "num_envs": 2,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "eval_episodes": 0,
+    "run_name": "a",
+}
 SMALL_FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS)}
+
+
+def start(folder, *flags):
+    """ppo.py as a process of its own, in a group of its own, that goes on while the test does."""
+    return subprocess.Popen(
+        [sys.executable, str(PPO), *flags],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def drive(folder, where, *flags):
     """Run ppo.py in a process of its own that is killed where the driver is told to."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(TESTS / "driver.py"), where, *flags]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(TESTS / "driver.py"), where, *flags],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def files(folder):
     """Name, content and time of change of every file below the folder."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return [(path.relative_to(folder), path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    return [
+        (path.relative_to(folder), path.read_bytes(), path.stat().st_mtime_ns) for path in paths
+    ]
 
 
-def tensors(value, name=""):
-    """Every tensor and number in a checkpoint, by name."""
+def saved(folder="runs/a"):
+    """What the checkpoint of a run holds."""
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def leaves(value, name=""):
+    """Every tensor, number and text in a checkpoint, by name."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: x for k, v in items for key, x in tensors(v, f"{name}.{k}").items()}
+        return {key: x for k, v in items for key, x in leaves(v, f"{name}.{k}").items()}
     return {name: value}
+
+
+def differing(a, b):
+    """The names of what is not the same, bit for bit, in two checkpoints."""
+    a, b = leaves(a), leaves(b)
+    return [x for x in {**a, **b} if x not in a or x not in b or not np.array_equal(a[x], b[x])]
+
+
+def without_speed(curves):
+    return {tag: points for tag, points in curves.items() if tag != "charts/SPS"}
+
+
+def curves(folder="runs/a"):
+    """Every curve but that of the speed, of runs in this process.
+
+    TensorBoard may take the files of one process in one second for each other's, so that they are
+    read one by one here.
+    """
+    merged = {}
+    for path in sorted(Path(folder).glob("events*")):
+        for tag, points in without_speed(pieces.scalars(str(path))).items():
+            merged[tag] = sorted(merged.get(tag, []) + points)
+    return merged
+
+
+def last_means(out):
+    """Means of the last 100 episodes, as the last line but one says at the end of a run."""
+    return re.findall(r"^end: .* steps/s(.*), after", out, re.MULTILINE)[-1]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder runs/a of a short run that is complete, with a checkpoint every 4 of 12 iterations."""
+    """The folder runs/a of a complete run of 12 iterations, with a checkpoint every 4."""
     folder = tmp_path_factory.mktemp("finished")
-    flags = ["--run-name=a", "--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
+    flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
     assert run(folder, *flags).returncode == 0
     return folder / "runs" / "a"
 
@@ -60,24 +125,35 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "runs" / "a"))
 
 
+# --- Resuming: the same bytes ---------------------------------------------------------------------
 CASES = {
     "discrete, sync": ["--env-id=CartPole-v1", "--anneal-clip"],
-    "continuous, async": ["--env-id=Pendulum-v1", "--vectorization-mode=async", "--recompute-advantages"],
-    "discrete, vector_entry_point": ["--env-id=CartPole-v1", "--vectorization-mode=vector_entry_point"],
-    "episodes of one step": [
-        "--env-id=probes:Dice-v0",
-        "--seed=2",
-    ],  # enough of them for a best.pt, in iteration 8
-    "global random numbers, unscaled": ["--env-id=probes:Noisy-v0", "--no-norm-obs", "--no-norm-reward"],
+    "continuous, async": [
+        "--env-id=Pendulum-v1",
+        "--vectorization-mode=async",
+        "--recompute-advantages",
+    ],
+    "discrete, vector_entry_point": [
+        "--env-id=CartPole-v1",
+        "--vectorization-mode=vector_entry_point",
+    ],
+    # Enough of them for a best.pt, in iteration 8.
+    "episodes of one step": ["--env-id=probes:Dice-v0", "--seed=2"],
+    "global random numbers, unscaled": [
+        "--env-id=probes:Noisy-v0",
+        "--no-norm-obs",
+        "--no-norm-reward",
+    ],
 }
-# Of twelve iterations of 16 steps and 4 minibatches, with a checkpoint every 4; each goes on from the last.
+# Of 12 iterations of 16 steps and 4 minibatches, with a checkpoint every 4; each goes on from the
+# checkpoint that the one before it has left.
 LIVES = [
-    "step:3",  # in the first iteration, after the trial and the first checkpoint
+    "step:3",  # in the first iteration, after the first checkpoint
     "opened:1",  # while the first checkpoint is written again
     "fsync:1",
     "step:70",  # in the fifth iteration, after the second checkpoint
     "update:9",  # in the third update from there
-    "replace:2",  # before the third checkpoint takes the place of the second
+    "replace:2",  # before the third checkpoint, or best.pt, takes the place of the second
     "replaced:2",  # just after
     "step:60",
     "none",
@@ -86,209 +162,426 @@ LIVES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_ends_with_the_bytes_of_one_never_stopped(case, tmp_path):
-    flags = ["--run-name=a", "--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS, *CASES[case]]
+    flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS, *CASES[case]]
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "killed").mkdir()
 
     def unbroken():
-        assert drive(tmp_path / "unbroken", "none", *flags).returncode == 0
+        result = drive(tmp_path / "unbroken", "none", *flags)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     def killed():
         lives = [(where, ["--resume", "runs/a"]) for where in LIVES]
         lives[0] = (LIVES[0], flags)
         for where, arguments in lives:
             result = drive(tmp_path / "killed", where, *arguments)
-            assert result.returncode == (0 if where == "none" else -signal.SIGKILL), (where, result.stderr)
+            expected = 0 if where == "none" else -signal.SIGKILL
+            assert result.returncode == expected, (where, result.stderr)
+        return result.stdout
 
     with ThreadPoolExecutor() as pool:
-        for future in [pool.submit(unbroken), pool.submit(killed)]:
-            future.result()
+        futures = [pool.submit(unbroken), pool.submit(killed)]
+        outputs = [future.result() for future in futures]
     a, b = (tmp_path / name / "runs" / "a" for name in ("unbroken", "killed"))
-    left, right = (tensors(torch.load(path / "checkpoint.pt", weights_only=True)) for path in (a, b))
-    assert left.keys() == right.keys()
-    for name in left:
-        assert np.array_equal(left[name], right[name]), name
+    assert differing(saved(a), saved(b)) == []
+    best = case == "episodes of one step"
     for name in ("checkpoint.pt", "best.pt"):
-        assert (a / name).exists() == (b / name).exists() == (name == "checkpoint.pt" or "Dice" in str(flags))
+        assert (a / name).exists() == (b / name).exists() == (name == "checkpoint.pt" or best)
         if (a / name).exists():
             assert (a / name).read_bytes() == (b / name).read_bytes()
-
-    if "Dice" in str(flags):
-        assert torch.load(a / "best.pt")["iteration"] == 8, "the test needs one that is not written again"
+    if best:
+        iteration = torch.load(a / "best.pt")["iteration"]
+        assert iteration == 8, "the test needs one that is not written again"
 
     # One curve: every point once, in order, and (but for the speed) the same.
-    curves = []
-    for path in (a, b):
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-        tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
-        curves.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags})
-    assert curves[0] == curves[1]
-    assert [step for step, _ in curves[0]["losses/policy_loss"]] == list(range(32, 385, 32))
+    logs = [without_speed(pieces.scalars(str(path))) for path in (a, b)]
+    assert logs[0] == logs[1]
+    assert [step for step, _ in logs[0]["losses/policy_loss"]] == list(range(32, 385, 32))
+    assert ("charts/episodic_return" in logs[0]) == (case != "continuous, async")
+    assert last_means(outputs[0]) == last_means(outputs[1])
 
 
 def test_a_random_sigkill_from_outside(tmp_path):
     """Wherever the kill happens to strike, what is left can be resumed; the end is the same."""
-    flags = ["--run-name=a", "--total-timesteps=20_000", "--checkpoint-interval=8", "--eval-episodes=0"]
+    flags = ["--total-timesteps=20_000", "--checkpoint-interval=8", "--eval-episodes=0"]
+    flags += ["--run-name=a"]
     for name in ("unbroken", "killed"):
         (tmp_path / name).mkdir()
     assert run(tmp_path / "unbroken", *flags).returncode == 0
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
     checkpoint = tmp_path / "killed" / "runs" / "a" / "checkpoint.pt"
     for arguments in (flags, ["--resume=runs/a"]):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, str(PPO), *arguments],
-            cwd=tmp_path / "killed",
-            env=env,
-            stdout=subprocess.DEVNULL,
-        )
+        process = start(tmp_path / "killed", *arguments)
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.3)
         process.kill()
-        process.wait()
+        process.communicate()
     assert run(tmp_path / "killed", "--resume=runs/a").returncode == 0
-    states = [torch.load(tmp_path / x / "runs/a/checkpoint.pt")["agent"] for x in ("unbroken", "killed")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    states = [saved(tmp_path / name / "runs" / "a") for name in ("unbroken", "killed")]
+    assert differing(*states) == []
 
 
+def counting(rows):
+    """Returns and lengths of the episodes that Counting ends within so many rows.
+
+    Each end but the last row's is followed by a row that resets.
+    """
+    lengths = []
+    row = 0
+    for episode in range(rows):
+        length = probes.Counting.LENGTHS[episode % 5]
+        row += length
+        if row <= rows:
+            lengths.append(length)
+        row += 1
+    returns = [
+        sum(probes.Counting.reward(episode, t) for t in range(1, length + 1))
+        for episode, length in enumerate(lengths)
+    ]
+    return returns, lengths
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_last_hundred_episodes_go_on_where_they_ended(resumed, capsys):
+    """8 iterations of 16 rows, a checkpoint, at which the episode under way is cut, and 8 more."""
+    flags = {**SMALL, "env_id": "Counting-v0", "checkpoint_interval": 8}
+    if resumed:
+        ppo.train(ppo.Args(**flags, total_timesteps=8 * 32))
+        assert not Path("runs/a/best.pt").exists(), "the test needs fewer than 100 of them here"
+        flags["resume"] = "runs/a"
+    ppo.train(ppo.Args(**flags, total_timesteps=16 * 32))
+
+    # Both environments do the same, so that each episode is there twice.
+    half = [[x for x in values for _ in range(2)] for values in counting(8 * 16)]
+    returns, lengths = ([*values, *values][-100:] for values in half)
+    assert 50 < len(half[0]) < 100, "the test needs episodes from before the checkpoint"
+    checkpoint = saved()
+    assert checkpoint["returns"] == pytest.approx(returns, rel=1e-5)
+    assert checkpoint["lengths"] == lengths
+    mean = np.mean(returns)
+    assert checkpoint["best"] == pytest.approx(mean, rel=1e-5)
+    assert torch.load("runs/a/best.pt")["iteration"] == 16
+    means = f", return {mean:.1f}, length {np.mean(lengths):.1f}"
+    assert last_means(capsys.readouterr().out) == means
+
+
+@pytest.mark.parametrize("env_id", ["Counting-v0", "CartPole-v1", "Pendulum-v1", "Noisy-v0"])
+def test_a_run_that_is_trained_further_is_one_that_was_always_to_be_longer(env_id):
+    """Where no rate falls over the run, bit for bit."""
+    flags = {**SMALL, "env_id": env_id, "checkpoint_interval": 4, "anneal_lr": False}
+    ppo.train(ppo.Args(**{**flags, "run_name": "unbroken"}, total_timesteps=12 * 32))
+    ppo.train(ppo.Args(**flags, total_timesteps=4 * 32))
+    ppo.train(ppo.Args(**flags, total_timesteps=8 * 32, resume="runs/a"))
+    ppo.train(ppo.Args(**flags, total_timesteps=12 * 32, resume="runs/a"))
+    assert differing(saved("runs/a"), saved("runs/unbroken")) == [".args.run_name"]
+    assert curves() == curves("runs/unbroken")
+    assert [step for step, _ in curves()["losses/policy_loss"]] == list(range(32, 385, 32))
+
+
+def test_all_that_a_checkpoint_holds_matters_to_the_run_that_is_resumed():
+    """Whatever is changed in it, by 1, the run ends in another checkpoint than it would have."""
+    flags = {**SMALL, "hidden_sizes": ()}
+    ppo.train(ppo.Args(**flags, total_timesteps=4 * 32))
+    checkpoint = saved()
+    fresh = iter(range(1000))
+
+    def resumed():
+        folder = f"runs/{next(fresh)}"
+        os.mkdir(folder)
+        torch.save(checkpoint, f"{folder}/checkpoint.pt")
+        ppo.train(ppo.Args(**flags, total_timesteps=6 * 32, resume=folder))
+        return saved(folder)
+
+    expected = resumed()
+    assert differing(expected, resumed()) == []
+    names = []
+    for name, x in leaves(checkpoint).items():
+        if isinstance(x, torch.Tensor):
+            before = x.clone()
+            x.add_(1)
+            assert differing(expected, resumed()), name
+            x.copy_(before)
+            names.append(name)
+    assert {name.split(".")[1] for name in names} > {"agent"}, "and optimizers"
+    assert any("stats" in name for name in names)
+    assert any("exp_avg_sq" in name for name in names)
+    for name in ("returns", "lengths"):
+        checkpoint[name][-1] += 1
+        assert differing(expected, resumed()), name
+        checkpoint[name][-1] -= 1
+    for name, change in (("best", 1000), ("iteration", 1)):
+        before = checkpoint[name]
+        checkpoint[name] = before + change if np.isfinite(before) else change
+        assert differing(expected, resumed()), name
+        checkpoint[name] = before
+    assert differing(expected, resumed()) == [], "all is as it was"
+
+
+# --- What is written, and when --------------------------------------------------------------------
 def test_what_a_checkpoint_holds(finished):
-    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
-    keys = {"format", "args", "agent", "optimizer", "iteration", "global_step", "recent", "best"}
-    assert set(checkpoint) == keys
-    assert (checkpoint["format"], checkpoint["iteration"], checkpoint["global_step"]) == (2, 12, 384)
+    checkpoint = saved(finished)
+    keys = {"format", "args", "iteration", "global_step", "returns", "lengths", "best", "agent"}
+    assert keys < set(checkpoint)
+    assert checkpoint["format"] == 3
+    assert (checkpoint["iteration"], checkpoint["global_step"]) == (12, 384)
     assert set(checkpoint["args"]) == {field.name for field in dataclasses.fields(ppo.Args)}
     assert checkpoint["args"]["total_timesteps"] == 384
     assert checkpoint["args"]["resume"] is checkpoint["args"]["evaluate"] is None
-    assert {"obs_stats.mean", "obs_stats.std", "obs_stats.count", "return_stats.std"} < set(
-        checkpoint["agent"]
-    )
-    assert checkpoint["optimizer"]["moments"].abs().amax(1).min() > 0
-    assert checkpoint["optimizer"]["count"] == 12 * 2 * 2, "iterations, epochs, minibatches"
-    returns, lengths = checkpoint["recent"]
-    assert returns == lengths, "in CartPole"
-    assert len(returns) > 5
+    statistics = {"obs_stats.mean", "obs_stats.std", "obs_stats.count", "return_stats.std"}
+    assert statistics < set(checkpoint["agent"])
+    optimizers = leaves({name: checkpoint[name] for name in checkpoint.keys() - keys})
+    steps = [x.item() for name, x in optimizers.items() if name.endswith(".step")]
+    assert set(steps) == {12 * 2 * 2}, "iterations, epochs, minibatches"
+    moments = [x for name, x in optimizers.items() if ".exp_avg" in name]
+    assert len(moments) == 2 * len(steps)
+    assert all(x.abs().max() > 0 for x in moments)
+    assert checkpoint["returns"] == checkpoint["lengths"], "in CartPole"
+    assert len(checkpoint["returns"]) > 5
+    assert checkpoint["best"] == -np.inf
     assert sorted(os.listdir(finished))[-1].startswith("events")
-    assert len(os.listdir(finished)) == 2, "no best.pt before there are 100 episodes, and nothing temporary"
+    names = os.listdir(finished)
+    assert len(names) == 2, "no best.pt before there are 100 episodes, and nothing temporary"
 
 
-def saved_iterations(monkeypatch, **flags):
-    iterations, save = [], ppo.Run.save
-    monkeypatch.setattr(ppo.Run, "save", lambda self, i: (iterations.append(i), save(self, i)))
-    ppo.train(ppo.Args(**{**SMALL, **flags}))
-    return iterations
+class EnoughError(Exception):
+    """It has been seen what was to be seen."""
+
+
+class Watcher(probes.Match):
+    """Notes, in every step, a checkpoint of the run that was not there in the step before."""
+
+    iterations = []  # of the checkpoints  # noqa: RUF012
+    files = []  # which they were  # noqa: RUF012
+    enough = np.inf  # steps of all environments
+    steps = 0
+
+    @classmethod
+    def begin(cls, enough=np.inf):
+        cls.iterations.clear()
+        cls.files.clear()
+        cls.enough = enough
+        cls.steps = 0
+
+    def step(self, action):
+        status = os.stat("runs/a/checkpoint.pt")
+        file = (status.st_ino, status.st_mtime_ns)
+        if self.files[-1:] != [file]:
+            self.files.append(file)
+            self.iterations.append(saved()["iteration"])
+        Watcher.steps += 1
+        if self.steps == self.enough:
+            raise EnoughError
+        return super().step(action)
+
+
+class Still(ppo.Agent):
+    """Does always the same, which takes no time."""
+
+    def act(self, obs, *args, **kwargs):
+        return torch.zeros(len(obs), dtype=torch.int64)
+
+
+gym.register("Watcher-v0", Watcher, disable_env_checker=True)
 
 
 @pytest.mark.parametrize(
     ("interval", "total", "expected"),
     [
-        (5, 384, [0, 5, 10, 12]),
-        (6, 384, [0, 6, 12]),
-        (0, 384, [12]),
-        (None, 384, [0, 12]),
-        (None, 700 * 32, [0, 625, 700]),  # 10,000 steps of 16 an iteration
+        (5, 384, [0, 5, 10]),
+        (6, 384, [0, 6]),
+        (12, 384, [0]),
+        (100, 384, [0]),
+        (None, 384, [0]),
+        (None, 700 * 32, [0, 625]),  # 10,000 steps of 16 an iteration
     ],
 )
-def test_when_checkpoints_are_written(interval, total, expected, monkeypatch):
-    flags = {"update_epochs": 1, "env_id": "Match-v0"}
-    assert (
-        saved_iterations(monkeypatch, checkpoint_interval=interval, total_timesteps=total, **flags)
-        == expected
+def test_when_checkpoints_are_written(interval, total, expected):
+    """At the start, at every interval and at the end."""
+    Watcher.begin()
+    flags = {**SMALL, "update_epochs": 1, "env_id": "Watcher-v0"}
+    ppo.train(ppo.Args(**flags, checkpoint_interval=interval, total_timesteps=total))
+    assert Watcher.iterations == expected
+    assert saved()["iteration"] == total // 32
+
+
+def test_the_default_interval_of_a_long_run_is_a_hundredth():
+    """Long, by rollouts that each have 10,000 steps of an environment, half of them resets."""
+    Watcher.begin(enough=20_001)
+    flags = {"num_envs": 1, "num_steps": 10_000, "num_minibatches": 1, "update_epochs": 1}
+    args = ppo.Args(
+        env_id="Watcher-v0", run_name="a", total_timesteps=2_500_000, hidden_sizes=(), **flags
     )
+    with pytest.raises(EnoughError):
+        ppo.train(args, agent_class=Still)
+    assert Watcher.iterations == [0, 2, 4]
 
 
-def test_the_default_interval_of_a_long_run_is_a_hundredth(monkeypatch):
-    """Long, by rollouts of a step that each have 10,000 environment steps."""
-    flags = {"num_envs": 1, "num_steps": 10_000, "num_minibatches": 1, "update_epochs": 1, "hidden_sizes": ()}
-    monkeypatch.setattr(ppo.Agent, "act", lambda self, obs: torch.zeros(len(obs), dtype=torch.int64))
-    iterations = []
-    monkeypatch.setattr(ppo.Run, "save", lambda self, i: iterations.append(i) or (i < 6 or sys.exit()))
-    with pytest.raises(SystemExit):
-        ppo.train(ppo.Args(env_id="Forever-v0", total_timesteps=320 * 10_000, **flags))
-    assert iterations == [0, 3, 6]
-
-
-def test_a_checkpoint_cuts_the_episodes_and_what_hangs_on_them(monkeypatch, updates):
-    """Forever's episodes last 10 steps. Begun anew every 16 rows, they never get to the end of the second."""
-    gaes, original = [], ppo.gae
-    monkeypatch.setattr(ppo, "gae", lambda *args: gaes.append(args) or original(*args))
-    flags = {**SMALL, "checkpoint_interval": 1, "total_timesteps": 96, "gamma": 0.9}
-    agent = ppo.train(ppo.Args(env_id="Forever-v0", **flags))
-    for _, value, terminated, done, *_ in gaes:
-        assert done.nonzero()[:, 0].tolist() == [9, 9], "cut episodes are not marked as ended"
-        assert not terminated.any()
-        assert value.shape == (17, 2), "their last observation has a value to bootstrap from"
-    sums = [sum(0.9**k for k in range(n)) for n in [*range(1, 11), *range(1, 6)]]
-    assert agent.return_stats.count == 3 * 2 * 15, "row 10 resets; row 0 never does"
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("num_steps", "interval", "steps"),
+    [
+        (16, 1, [*range(1, 11), *range(1, 6)]),  # row 10 resets
+        (6, 2, [*range(1, 11), 1]),  # an episode goes on from one rollout to the next
+        (10, 1, [*range(1, 11)]),  # it ends in the last row, and none resets
+    ],
+)
+def test_a_checkpoint_cuts_the_episodes_and_what_hangs_on_them(num_steps, interval, steps, resumed):
+    """Forever's episodes last 10 steps. Begun anew at checkpoints, the second never gets there."""
+    flags = {**SMALL, "env_id": "Forever-v0", "gamma": 0.9}
+    flags |= {"num_steps": num_steps, "checkpoint_interval": interval}
+    window = 2 * num_steps * interval
+    if resumed:
+        ppo.train(ppo.Args(**flags, total_timesteps=window))
+        flags["resume"] = "runs/a"
+    agent = ppo.train(ppo.Args(**flags, total_timesteps=3 * window))
+    sums = [sum(0.9**k for k in range(n)) for n in steps]  # n is the step in the episode
+    assert agent.return_stats.count == 3 * 2 * len(steps)
     assert agent.return_stats.mean.item() == pytest.approx(np.mean(sums), rel=1e-5)
-    recent, _ = torch.load("runs/" + os.listdir("runs")[0] + "/checkpoint.pt")["recent"]
-    assert recent == [10.0] * 6, "and do not count as episodes"
+    assert agent.return_stats.std.item() == pytest.approx(np.std(sums), rel=1e-5)
+    assert agent.obs_stats.count == 3 * 2 * len(steps)
+    checkpoint = saved()
+    assert checkpoint["returns"] == [10.0] * 6, "those that were cut do not count"
+    assert checkpoint["lengths"] == [10.0] * 6
+    assert {value for _, value in curves()["charts/episodic_length"]} == {10.0}
 
 
-def test_best(monkeypatch):
-    """best.pt is that of the checkpoint whose mean of the last 100 returns was the highest."""
-    seen, save = [], ppo.Run.save
-
-    def recording(self, iteration):
-        save(self, iteration)
-        seen.append((np.mean(list(self.queues[0])[-100:]) if len(self.queues[0]) >= 100 else None, iteration))
-
-    monkeypatch.setattr(ppo.Run, "save", recording)
-    flags = {"run_name": "a", "total_timesteps": 20 * 512, "checkpoint_interval": 1, "eval_episodes": 0}
-    ppo.train(ppo.Args(env_id="RiseAndFall-v0", **flags))
-    means = [(mean, iteration) for mean, iteration in seen if mean is not None]
-    best, checkpoint = torch.load("runs/a/best.pt"), torch.load("runs/a/checkpoint.pt")
-    mean, iteration = max(means)
-    assert means[0][1] < iteration < means[-1][1], "the test needs a run that has its best in between"
-    assert best["iteration"] == iteration
-    assert best["best"] == checkpoint["best"] == pytest.approx(mean)
-    assert np.mean(best["recent"][0]) == pytest.approx(mean)
-    assert not torch.equal(best["agent"]["critic.4.bias"], checkpoint["agent"]["critic.4.bias"])
+def test_what_comes_after_a_checkpoint_is_new():
+    """Environments and actions begin anew there, but not with what they began with before."""
+    flags = {**SMALL, "checkpoint_interval": 1, "total_timesteps": 4 * 32, "learning_rate": 0.0}
+    ppo.train(ppo.Args(**flags, env_id="Dice-v0"))
+    returns = saved()["returns"]
+    assert len(returns) == 4 * 16
+    assert len(set(returns)) > 55, "of 2,000 numbers"
+    probes.Reseeding.actions.clear()
+    ppo.train(ppo.Args(**{**flags, "run_name": "b"}, env_id="Reseeding-v0"))
+    actions = np.split(np.array(probes.Reseeding.actions), 4)
+    assert len({tuple(window) for window in actions}) == 4
 
 
-def test_a_complete_run_says_so_and_stays_as_it_is(copy, tmp_path):
+def test_what_comes_after_a_cut_has_the_value_of_the_last_observation():
+    """It is neither an end nor a limit, and all that the next rollout has of it is nothing."""
+    flags = {"num_steps": 4, "gamma": 0.9, "gae_lambda": 0.0, "hidden_sizes": ()}
+    args = ppo.Args(env_id="Forever-v0", **flags, norm_reward=False)
+    with pieces.learner(args) as learner:
+        torch.nn.init.constant_(learner.agent.critic[-1].bias, 5.0)  # V, as observations are 0
+        rollout = learner.collect()
+        assert not rollout.done.any()
+        advantage = learner.estimate(rollout).advantage
+        assert advantage.tolist() == pytest.approx([1 + 0.9 * 5 - 5] * 16)
+        learner.state = ppo.restart(learner.envs, args, 1, learner.generator)
+        rollout = learner.collect()
+        assert rollout.valid.all()
+        assert rollout.episode_length[:, 0].tolist() == [1, 2, 3, 4]
+        assert rollout.episode_return[:, 0].tolist() == [1, 2, 3, 4]
+        assert rollout.discounted_return[:, 0].tolist() == pytest.approx([1, 1.9, 2.71, 3.439])
+
+
+def test_best():
+    """best.pt is that of the checkpoint whose mean of the last 100 returns was the highest.
+
+    Each of 4 environments ends 64 episodes in an iteration, of which number n has return
+    -|600 - n|. Of the last 25 of each, the mean is -36 in iteration 9, -28 in 10 and -92 in 11.
+    """
+    flags = {"env_id": "RiseAndFall-v0", "run_name": "a", "eval_episodes": 0}
+    args = ppo.Args(**flags, total_timesteps=20 * 512, checkpoint_interval=1)
+    ppo.train(args)
+    path = Path("runs/a/best.pt")
+    best = torch.load(path)
+    assert best["iteration"] == 10
+    assert best["best"] == saved()["best"] == -28
+    assert best["returns"] == [600 - n for n in range(616, 641) for _ in range(4)]
+    assert differing(best["agent"], saved()["agent"])
+
+    # Begun again, the environments count from 1, which is worse; the best stays.
+    content = path.read_bytes()
+    ppo.train(dataclasses.replace(args, total_timesteps=21 * 512, resume="runs/a"))
+    assert saved()["returns"] == [n - 600 for n in range(40, 65) for _ in range(4)]
+    assert saved()["best"] == -28
+    assert path.read_bytes() == content
+
+
+# --- Resuming: what may change --------------------------------------------------------------------
+def test_a_complete_run_says_so_and_stays_as_it_is(copy, tmp_path, command):
     before = files(tmp_path)
     for more in ([], ["--total-timesteps=300"], ["--eval-episodes=3"]):
-        result = run(tmp_path, "--resume", "runs/a", *more)
+        result = command("--resume", "runs/a", *more)
         assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout == "runs/a is complete. A larger --total-timesteps trains it further.\n"
+        sentence = "runs/a is complete. A larger --total-timesteps trains it further.\n"
+        assert result.stdout == sentence
     assert files(tmp_path) == before
 
 
-def test_training_longer(copy, tmp_path):
+def test_training_longer(copy, command):
     """Twice the timesteps: the learning rate goes by the new total from where the run had ended."""
-    result = run(tmp_path, "--resume=runs/a/", "--total-timesteps=768", "--checkpoint-interval=2")
+    result = command("--resume=runs/a/", "--total-timesteps=768", "--checkpoint-interval=2")
     assert result.returncode == 0, result.stderr
     assert "run: runs/a/, from step 384" in result.stdout
-    checkpoint = torch.load(copy / "checkpoint.pt")
+    checkpoint = saved()
     assert (checkpoint["iteration"], checkpoint["args"]["total_timesteps"]) == (24, 768)
     assert checkpoint["args"]["checkpoint_interval"] == 2
-    events = EventAccumulator(str(copy)).Reload()
-    rates = [(e.step, e.value) for e in events.Scalars("charts/learning_rate")]
-    expected = [2.5e-4 * (1 - i / 12) for i in range(12)] + [2.5e-4 * (1 - i / 24) for i in range(12, 24)]
+    rates = curves()["charts/learning_rate"]
+    expected = [2.5e-4 * (1 - i / 12) for i in range(12)]
+    expected += [2.5e-4 * (1 - i / 24) for i in range(12, 24)]
     assert [step for step, _ in rates] == list(range(32, 769, 32))
     assert [rate for _, rate in rates] == pytest.approx(expected)
-    assert run(tmp_path, "--resume=runs/a").stdout.startswith("runs/a is complete")
+    assert command("--resume=runs/a").stdout.startswith("runs/a is complete")
 
 
 def test_resuming_twice_from_one_checkpoint_is_the_same(copy, tmp_path):
     """In Python, where the other arguments have to be those that the run was started with."""
     shutil.copytree(copy, tmp_path / "runs" / "b")
-    args = ppo.Args(run_name="a", total_timesteps=768, checkpoint_interval=4, **SMALL)
-    a, b = (ppo.train(dataclasses.replace(args, resume=f"runs/{name}")).state_dict() for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert (tmp_path / "runs/a/checkpoint.pt").read_bytes() == (
-        tmp_path / "runs/b/checkpoint.pt"
-    ).read_bytes()
-    with pytest.raises(ppo.InputError, match="--seed, --gamma cannot be given with --resume runs/a"):
-        ppo.train(dataclasses.replace(args, resume="runs/a", seed=2, gamma=0.9))
-    with pytest.raises(ppo.InputError, match="--evaluate cannot be given with --resume runs/a"):
-        ppo.train(dataclasses.replace(args, resume="runs/a", evaluate="runs/b"))
-    with pytest.raises(ppo.InputError, match="--resume must be the folder of a run"):
-        ppo.train(dataclasses.replace(args, resume="runs/a/checkpoint.pt"))
+    args = ppo.Args(**SMALL, total_timesteps=768, checkpoint_interval=4)
+    a, b = (ppo.train(dataclasses.replace(args, resume=f"runs/{name}")) for name in "ab")
+    assert differing(a.state_dict(), b.state_dict()) == []
+    contents = [(tmp_path / "runs" / name / "checkpoint.pt").read_bytes() for name in "ab"]
+    assert contents[0] == contents[1]
+    refused = {
+        "--seed, --gamma cannot be given with --resume runs/a": {"seed": 2, "gamma": 0.9},
+        "--evaluate cannot be given with --resume runs/a": {"evaluate": "runs/b"},
+        "--resume must be the folder of a run": {"resume": "runs/a/checkpoint.pt"},
+    }
+    for sentence, changes in refused.items():
+        with pytest.raises(ppo.InputError, match=sentence):
+            ppo.train(dataclasses.replace(args, **{"resume": "runs/a", **changes}))
 
 
+@pytest.mark.parametrize(
+    ("flags", "loads"),
+    [
+        (["--resume", "runs/a"], 1),
+        (["--resume", "runs/a", "--total-timesteps=448", "--eval-episodes=1"], 1),
+        (["--evaluate", "runs/a", "--eval-episodes=1"], 1),
+        (["--evaluate", "runs/a/checkpoint.pt", "--eval-episodes=1"], 1),
+        (["--total-timesteps=64", "--eval-episodes=1"], 0),
+    ],
+)
+def test_a_command_reads_a_checkpoint_once(flags, loads, copy, command, monkeypatch):
+    """So that what it goes by is what it checked, also where the file is replaced meanwhile."""
+    paths = []
+    load = torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda file, **kwargs: paths.append(file) or load(file, **kwargs)
+    )
+    assert command(*flags).returncode == 0
+    assert [str(path) for path in paths] == ["runs/a/checkpoint.pt"] * loads
+
+
+def test_objects_in_the_arguments():
+    """What a checkpoint cannot hold is trained with all the same; the checkpoint has its name."""
+    flags = {**SMALL, "env_id": "Spaces-v0", "eval_episodes": 1}
+    flags["env_kwargs"] = {"action_space": gym.spaces.Discrete(3)}
+    agent = ppo.train(ppo.Args(**flags, total_timesteps=64))
+    assert agent.actor[-1].out_features == 3
+    assert saved()["args"]["env_kwargs"] == {"action_space": "Discrete(3)"}
+    ppo.train(ppo.Args(**flags, total_timesteps=128, resume="runs/a"))
+    assert saved()["global_step"] == 128
+    assert len(ppo.evaluate("runs/a", ppo.Args(**flags, total_timesteps=128))) == 1
+
+
+# --- What cannot be resumed or evaluated ----------------------------------------------------------
 class Exploit:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -301,6 +594,11 @@ def rewrite(change):
         torch.save(checkpoint, path)
 
     return write
+
+
+def keep_the_weights(checkpoint):
+    for name in checkpoint.keys() - {"agent"}:
+        del checkpoint[name]
 
 
 def flip_a_byte(path):
@@ -317,63 +615,81 @@ BAD_CHECKPOINTS = {
     "flipped byte": flip_a_byte,
     "no checkpoint": lambda path: path.write_text("not a checkpoint\n" * 100),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
-    "weights alone": rewrite(lambda checkpoint: [checkpoint.pop(name) for name in [*checkpoint][:-2]]),
-    "another format": rewrite(lambda checkpoint: checkpoint.update(format=1)),
-    "another environment": rewrite(lambda checkpoint: checkpoint["args"].update(env_id="Acrobot-v1")),
+    "weights alone": rewrite(keep_the_weights),
+    "another format": rewrite(lambda checkpoint: checkpoint.update(format=2)),
+    "another environment": rewrite(
+        lambda checkpoint: checkpoint["args"].update(env_id="Acrobot-v1")
+    ),
     "an unknown flag": rewrite(lambda checkpoint: checkpoint["args"].update(colour="red")),
     "code, zipped": lambda path: torch.save(Exploit(), path),
-    "code, in old style": lambda path: torch.save(Exploit(), path, _use_new_zipfile_serialization=False),
+    "code, in old style": lambda path: torch.save(
+        Exploit(), path, _use_new_zipfile_serialization=False
+    ),
     "code, bare": lambda path: path.write_bytes(pickle.dumps(Exploit())),
 }
 
 
-@pytest.fixture(scope="module")
-def bad_checkpoints(finished, tmp_path_factory):
-    def attempt(case):
-        name, flag = case
-        folder = tmp_path_factory.mktemp("bad")
-        path = Path(shutil.copytree(finished, folder / "runs" / "a")) / "checkpoint.pt"
-        BAD_CHECKPOINTS[name](path)
-        before = files(folder)
-        more = {"--resume": "--total-timesteps=768", "--evaluate": "--eval-episodes=2"}
-        result = run(folder, flag, "runs/a", more[flag])
-        return result, before, files(folder)
-
-    cases = [(name, flag) for name in BAD_CHECKPOINTS for flag in ("--resume", "--evaluate")]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, pool.map(attempt, cases), strict=True))
-
-
-@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize(
+    "flags", [["--resume", "--total-timesteps=768"], ["--evaluate", "--eval-episodes=2"]]
+)
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_refused_in_a_sentence(name, flag, bad_checkpoints):
-    result, before, after = bad_checkpoints[name, flag]
+def test_bad_checkpoints_are_refused_in_a_sentence(name, flags, copy, tmp_path, command):
+    BAD_CHECKPOINTS[name](copy / "checkpoint.pt")
+    before = files(tmp_path)
+    mode, more = flags
+    result = command(mode, "runs/a", more)
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("ppo.py: Cannot use runs/a/checkpoint.pt: ")
-    assert after == before, "nothing is executed or overwritten"
+    assert files(tmp_path) == before, "nothing is executed or overwritten"
+
+
+def test_an_optimizer_that_does_not_fit_is_refused(copy, command):
+    """That of another agent, or none."""
+
+    def drop_a_parameter(value):
+        """Of every group of parameters, wherever they are."""
+        for name, x in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if name == "params":
+                x.pop()
+            elif isinstance(x, dict | list):
+                drop_a_parameter(x)
+
+    rewrite(drop_a_parameter)(copy / "checkpoint.pt")
+    result = command("--resume", "runs/a", "--total-timesteps=768")
+    assert result.returncode == 2
+    assert re.fullmatch(r"ppo.py: Cannot use runs/a/checkpoint.pt: .*\.\n", result.stderr)
+    assert command("--evaluate", "runs/a", "--eval-episodes=1").returncode == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--resume", "runs/none"], ["runs/none"]),
-        (["--resume", "runs/a/checkpoint.pt", "--total-timesteps=768"], ["runs/a/checkpoint.pt", "folder"]),
-        (["--evaluate", "runs/none.pt"], ["runs/none.pt"]),
-        (["--resume", "runs/a", "--learning-rate", "1e-3"], ["--learning-rate", "runs/a"]),
-        (["--resume", "runs/a", "--seed=2", "--hidden-sizes", "8", "--no-norm-obs"],
-         ["--seed", "--hidden-sizes", "--norm-obs"]),
-        (["--resume", "runs/a", "--env-id", "Acrobot-v1"], ["--env-id"]),
-        (["--resume", "runs/a", "--run-name", "b"], ["--run-name"]),
-        (["--evaluate", "runs/a", "--eval-episodes=2", "--env-id", "Acrobot-v1"], ["--env-id"]),
-        (["--evaluate", "runs/a", "--resume", "runs/a"], ["--evaluate", "--resume"]),
-        (["--resume", ""], ["--resume"]),
-        (["--evaluate", ""], ["--evaluate"]),
+        ("--resume runs/none", ["runs/none"]),
+        (
+            "--resume runs/a/checkpoint.pt --total-timesteps=768",
+            ["--resume must be the folder of a run", "runs/a/checkpoint.pt"],
+        ),
+        ("--evaluate runs/none.pt", ["runs/none.pt"]),
+        ("--resume runs/a --learning-rate 1e-3", ["--learning-rate cannot", "--resume runs/a"]),
+        (
+            "--resume runs/a --seed=2 --hidden-sizes 8 --no-norm-obs",
+            ["--seed", "--hidden-sizes", "--norm-obs"],
+        ),
+        ("--resume runs/a --env-id Acrobot-v1", ["--env-id cannot"]),
+        ("--resume runs/a --run-name b", ["--run-name cannot"]),
+        (
+            "--evaluate runs/a --eval-episodes=2 --env-id Acrobot-v1",
+            ["--env-id cannot", "--evaluate runs/a"],
+        ),
+        ("--evaluate runs/a --resume runs/a", ["--evaluate", "--resume"]),
+        ("--resume=", ["Cannot use"]),
+        ("--evaluate=", ["Cannot use"]),
     ],
-)  # fmt: skip
-def test_flags_that_a_saved_run_refuses(flags, parts, copy, tmp_path):
+)
+def test_flags_that_a_saved_run_refuses(flags, parts, copy, tmp_path, command):
     before = files(tmp_path)
-    result = run(tmp_path, *flags)
+    result = command(*flags.split())
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("ppo.py: ")
@@ -381,16 +697,44 @@ def test_flags_that_a_saved_run_refuses(flags, parts, copy, tmp_path):
     assert files(tmp_path) == before
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    """Full from the second of four checkpoints on, that is at step 128, as the kernel reports it."""
-    flags = ["--run-name=a", "--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
+# --- Runs that are stopped ------------------------------------------------------------------------
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, command):
+    """Full from the second of four checkpoints on, at step 128, as the kernel reports it."""
+    flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
     result = drive(tmp_path, "full:2", *flags)
     assert result.returncode == 1
-    assert result.stderr == "ppo.py: [Errno 27] File too large\n"
-    assert "resume from step 128: python ppo.py --resume runs/a" in result.stdout
-    assert torch.load(tmp_path / "runs/a/checkpoint.pt", weights_only=True)["iteration"] == 4
-    assert run(tmp_path, "--resume", "runs/a").returncode == 0
-    assert torch.load(tmp_path / "runs/a/checkpoint.pt", weights_only=True)["iteration"] == 12
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert saved()["iteration"] == 4
+    assert command("--resume", "runs/a").returncode == 0
+    assert saved()["iteration"] == 12
+
+
+def fail():
+    raise OSError("the disk is on fire")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("act", [fail, lambda: signal.raise_signal(signal.SIGINT)])
+def test_the_last_line_names_a_step_that_is_saved(act, number, command, monkeypatch, capsys):
+    """Whatever comes while a checkpoint is written, which takes long on a disk that is busy."""
+    fsync = os.fsync
+    calls = []
+
+    def failing(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1 + number:
+            act()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
+    try:
+        out = command(*flags).stdout
+    except OSError:
+        out = capsys.readouterr().out
+    step = saved()["global_step"]
+    assert step == (number - 1) * 128
+    assert out.splitlines()[-1] == f"resume from step {step}: python ppo.py --resume runs/a"
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
@@ -398,12 +742,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 @pytest.mark.parametrize("target", ["process", "group"])
 def test_signals(mode, number, code, target, tmp_path):
     """To the process alone, and to its group, as a terminal does with Ctrl-C."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
     flags = ["--run-name=a", "--vectorization-mode", mode, "--total-timesteps=1_000_000"]
-    process = subprocess.Popen(
-        [sys.executable, str(PPO), *flags, "--checkpoint-interval=5"], cwd=tmp_path, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    process = start(tmp_path, *flags, "--checkpoint-interval=5")
     path = tmp_path / "runs" / "a" / "checkpoint.pt"
     deadline = time.monotonic() + 60
     while not (path.exists() and torch.load(path)["iteration"] >= 5):
@@ -415,111 +755,75 @@ def test_signals(mode, number, code, target, tmp_path):
     assert err == ""
     step = torch.load(path)["global_step"]
     assert out.splitlines()[-1] == f"resume from step {step:,}: python ppo.py --resume runs/a"
-    time.sleep(0.2)  # for the system to bury them
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    wait_for_the_end_of(process)
     events = EventAccumulator(str(path.parent)).Reload()
     assert events.Scalars("losses/policy_loss")[-1].step >= step
 
 
-def test_signals_again_and_during_the_start(tmp_path):
-    """Ctrl-C again and again is as once, and where there is no checkpoint yet there is nothing to resume."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
-    flags = ["--run-name=a", "--total-timesteps=1_000_000", "--checkpoint-interval=0"]
-    flags += ["--vectorization-mode=async", "--num-envs=8"]
-    process = subprocess.Popen(
-        [sys.executable, str(PPO), *flags], cwd=tmp_path, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    while not (tmp_path / "runs").exists():
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    deadline = time.monotonic() + 30
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-        os.kill(process.pid, signal.SIGINT)
-        os.kill(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, "")
-    assert "resume" not in out
-    assert not (tmp_path / "runs/a/checkpoint.pt").exists()
+def wait_for_the_end_of(process):
+    """Of all in its group, too: nothing may outlive the run."""
+    deadline = time.monotonic() + 20  # for the system to bury them
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("a process has outlived the run")
 
 
-def test_an_exit_that_python_swallows_is_tried_again(tmp_path):
-    """What a signal raises in a __del__ is lost, whoever sent it; the run ends all the same."""
-    flags = ["--env-id=probes:Nuisance-v0", '--env-kwargs={"kind":"del"}', "--checkpoint-interval=5"]
-    result = run(tmp_path, "--run-name=a", "--total-timesteps=10_000_000", *flags)
-    assert result.returncode == 143
-    assert re.search(r"resume from step [\d,]+: python ppo.py --resume runs/a\n$", result.stdout)
+@pytest.mark.parametrize("where", ["constructor", "reset", 1, 20])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_an_environment_is_busy(where, number, code, command, tmp_path):
+    """Before the run has begun nothing is left of it; then its last line says how to go on."""
+    kwargs = json.dumps({"number": number, "where": where})
+    flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--checkpoint-interval=2"]
+    result = command(*flags, "--total-timesteps=384", *SMALL_FLAGS)
+    assert (result.returncode, result.stderr) == (code, "")
+    if where in (1, 20):
+        step = 0 if where == 1 else 64
+        line = f"resume from step {step}: python ppo.py --resume runs/a"
+        assert result.stdout.splitlines()[-1] == line
+        assert saved()["global_step"] == step
+    else:
+        assert result.stdout == ""
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_while_a_worker_starts(tmp_path):
+    """It is gone, too, without a word."""
+    kwargs = json.dumps({"number": signal.SIGINT, "where": "reset", "worker": True})
+    flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--preset=none"]
+    process = start(tmp_path, *flags, "--vectorization-mode=async", "--num-envs=1")
+    out, err = process.communicate(timeout=60)  # returns when nobody holds the pipes any more
+    assert (process.returncode, out, err) == (130, "", "")
+    wait_for_the_end_of(process)
+    assert os.listdir(tmp_path) == []
 
 
 def test_workers_may_close_their_environments(tmp_path):
     """Which here means a process of its own for each, that would outlive it."""
-    env = {**os.environ, "PYTHONPATH": str(TESTS)}
-    flags = ["--env-id=probes:Nuisance-v0", '--env-kwargs={"kind":"child"}', "--vectorization-mode=async"]
-    process = subprocess.Popen(
-        [sys.executable, str(PPO), *flags, "--run-name=a", "--total-timesteps=10_000_000"], cwd=tmp_path,
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    flags = ["--env-id=probes:Nuisance-v0", '--env-kwargs={"kind":"child"}', "--run-name=a"]
+    flags += ["--vectorization-mode=async", "--total-timesteps=10_000_000"]
+    process = start(tmp_path, *flags)
     while not (tmp_path / "runs/a/checkpoint.pt").exists():
+        assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     _, err = process.communicate(timeout=30)  # returns when nobody holds the pipes any more
     assert (process.returncode, err) == (143, "")
-    time.sleep(0.2)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    wait_for_the_end_of(process)
 
 
-def test_a_nan_names_the_last_checkpoint_and_leaves_it(tmp_path):
-    flags = ["--env-id=probes:Faulty-v0", '--env-kwargs={"fault":"reward"}', "--checkpoint-interval=2"]
-    result = run(tmp_path, "--run-name=a", *flags, *SMALL_FLAGS)
+@pytest.mark.filterwarnings("error")
+def test_a_nan_names_the_last_checkpoint_and_leaves_it(command):
+    flags = ["--env-id=probes:Faulty-v0", '--env-kwargs={"fault":"reward"}']
+    result = command(*flags, "--checkpoint-interval=2", *SMALL_FLAGS)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("ppo.py: reward[")
-    assert "resume from step 64: python ppo.py --resume runs/a" in result.stdout
-    checkpoint = torch.load(tmp_path / "runs/a/checkpoint.pt")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("ppo.py: reward[")
+    last = result.stdout.splitlines()[-1]
+    assert last == "resume from step 64: python ppo.py --resume runs/a"
+    checkpoint = saved()
     assert checkpoint["global_step"] == 64
     assert all(torch.isfinite(x).all() for x in checkpoint["agent"].values())
-
-
-def test_numpy_and_other_objects_in_the_arguments():
-    """Numbers of numpy are saved as numbers; what cannot be saved plainly does not make a bad checkpoint."""
-    space = ppo.spaces.Discrete(3)
-    flags = {**SMALL, "seed": np.int64(3), "learning_rate": np.float32(0.5), "hidden_sizes": (np.int32(8),)}
-    flags |= {
-        "env_id": "Spaces-v0",
-        "env_kwargs": {"action_space": space},
-        "run_name": "a",
-        "eval_episodes": 1,
-    }
-    agent = ppo.train(ppo.Args(total_timesteps=64, **flags))
-    args = torch.load("runs/a/checkpoint.pt", weights_only=True)["args"]
-    assert (args["seed"], args["learning_rate"], args["hidden_sizes"]) == (3, 0.5, [8])
-    assert args["env_kwargs"] == {"action_space": "Discrete(3)"}
-    assert agent.actor[-1].out_features == 3
-    flags |= {
-        "num_envs": np.int64(2),
-        "num_steps": np.int32(16),
-        "hidden_sizes": [8],
-        "device": torch.device("cpu"),
-    }
-    args = ppo.Args(total_timesteps=64, **{**flags, "run_name": "b"})
-    ppo.train(args)
-    assert type(torch.load("runs/b/checkpoint.pt", weights_only=True)["global_step"]) is int
-    ppo.train(dataclasses.replace(args, resume="runs/b", total_timesteps=128))
-    assert torch.load("runs/b/checkpoint.pt", weights_only=True)["global_step"] == 128
-
-
-def test_the_last_line_goes_by_the_file(monkeypatch, capsys):
-    """A signal that comes while a checkpoint gets its name is handled right after, with save unfinished."""
-    replace = os.replace
-
-    def interrupted(source, target):
-        replace(source, target)
-        if torch.load(target)["iteration"] == 2:
-            raise SystemExit(130)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(SystemExit):
-        ppo.train(ppo.Args(run_name="a", total_timesteps=2048, checkpoint_interval=1))
-    assert "resume from step 1,024: python ppo.py --resume runs/a" in capsys.readouterr().out

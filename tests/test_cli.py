@@ -1,7 +1,9 @@
-"""The program as a user meets it: help, errors, exit codes, the console and what stays on the disk."""
+"""The program as a user meets it: help, errors, exit codes, the console and what is on the disk."""
 
+import ast
 import dataclasses
 import fcntl
+import json
 import os
 import pty
 import re
@@ -11,11 +13,15 @@ import subprocess
 import sys
 import termios
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
+import failing  # noqa: F401 (registers the environments)
+import numpy as np
 import pytest
+import torch
+from gymnasium import spaces
 
 import ppo
 
@@ -23,164 +29,342 @@ PPO = Path(ppo.__file__)
 TESTS = Path(__file__).parent
 
 
-def run(folder, *flags, path="", **kwargs):
+def run(folder, *flags, path="", program=PPO, **kwargs):
+    """Run the program in a folder, where the environments of the tests can be imported."""
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{path}", "COLUMNS": "100"}
-    command = [sys.executable, str(PPO), *flags]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **kwargs)
+    command = [sys.executable, str(program), *flags]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """Do what the command line does, in this process: the exit code, stdout and stderr.
+
+    There is a run called taken already, and no more when it has ended.
+    """
+
+    def main(*flags):
+        (tmp_path / "runs" / "taken").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *flags])
+        monkeypatch.setenv("COLUMNS", "100")  # of the help
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            ppo.main()
+        assert_nothing_is_left(tmp_path)
+        return exit.value.code, *capsys.readouterr()
+
+    return main
+
+
+@pytest.fixture
+def main_raises(monkeypatch):
+    """Do what the command line does, and return the exception that main lets pass.
+
+    Python prints such a one with its traceback, and ends with exit code 1.
+    """
+
+    def main_raises(*flags):
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *flags])
+        with pytest.raises(Exception, match="the motor is on fire") as caught:
+            ppo.main()
+        return caught.type.__name__, "".join(traceback.format_exception(caught.value))
+
+    return main_raises
+
+
+def assert_nothing_is_left(folder):
+    assert os.listdir(folder) == ["runs"]
+    assert os.listdir(folder / "runs") == ["taken"]
+    assert os.listdir(folder / "runs" / "taken") == []
+
+
+def env_flags(env_id, mode="sync", **kwargs):
+    flags = ["--env-id", env_id, "--vectorization-mode", mode]
+    return [*flags, "--env-kwargs", json.dumps(kwargs)] if kwargs else flags
 
 
 # What the user gives, and what the sentence has to say.
 BAD_INPUT = {
-    "unknown environment": ("--env-id CartPoll-v1", ["CartPoll", "Did you mean", "CartPole"]),
-    "unknown version": ("--env-id CartPole-v9", ["CartPole-v9", "v1"]),
-    "malformed id": ("--env-id not/an/id!", ["not/an/id!"]),
-    "missing module": ("--env-id no_such_module:Env-v0", ["pip install no_such_module"]),
-    "a name that a module lacks": ("--env-id lacking:Env-v0", ["cannot import name 'nothing'"]),
-    "missing package": ("--env-id HalfCheetah-v5", ["MuJoCo", "pip install"]),
-    "unknown keyword": ('--env-kwargs {"gravity":1}', ["gravity", "CartPole-v1"]),
-    "missing namespace": ("--env-id ALE/Pong-v5", ["pip install ale_py"]),
-    "missing renderer": ('--env-kwargs {"render_mode":"human"}', ["pip install"]),
-    "refused value": ('--env-id probes:Faulty-v0 --env-kwargs {"fault":"refusal"}', ["size 1 is too small"]),
-    "clashing keyword": ('--env-kwargs {"num_envs":2}', ["num_envs"]),
-    "not an object": ("--env-kwargs [1]", ["--env-kwargs", "JSON object"]),
+    "unknown environment": (["--env-id=CartPoll-v1"], ["CartPoll", "Did you mean", "CartPole"]),
+    "unknown version": (["--env-id=CartPole-v9"], ["CartPole-v9", "v1"]),
+    "malformed id": (["--env-id=not/an/id!"], ["not/an/id!"]),
+    "missing module": (["--env-id=no_such_module:Env-v0"], ["No module named 'no_such_module'"]),
+    "a name that a module lacks": (
+        ["--env-id=lacking:Env-v0"],
+        ["cannot import name 'nothing' from 'gymnasium'"],
+    ),
+    "unknown keyword": (['--env-kwargs={"gravity": 1}'], ["gravity", "CartPole-v1"]),
+    "clashing keyword": (['--env-kwargs={"num_envs": 2}'], ["num_envs"]),
+    "refused value": (
+        env_flags("probes:Faulty-v0", fault="refusal", size=-7),
+        ["probes:Faulty-v0", "'size': -7", "ValueError", "size -7 is too small"],
+    ),
+    "not an object": (["--env-kwargs=[1]"], ["--env-kwargs must be a JSON object", "[1]"]),
+    "an empty list": (["--env-kwargs=[]"], ["--env-kwargs must be a JSON object", "[]"]),
     "observation space": (
-        '--env-id probes:Faulty-v0 --env-kwargs {"fault":"observation_space"}',
+        env_flags("probes:Faulty-v0", fault="observation space"),
         ["Sequence", "not supported"],
     ),
     "action space": (
-        '--env-id probes:Faulty-v0 --env-kwargs {"fault":"action_space"} --vectorization-mode async',
+        env_flags("probes:Faulty-v0", mode="async", fault="action space"),
         ["Tuple", "not supported"],
     ),
     "autoreset mode": (
-        "--env-id probes:SameStep-v0 --vectorization-mode vector_entry_point",
+        env_flags("probes:SameStep-v0", mode="vector_entry_point"),
         ["SAME_STEP", "NEXT_STEP"],
     ),
     "no vector entry point": (
-        "--env-id Acrobot-v1 --vectorization-mode vector_entry_point",
+        env_flags("Acrobot-v1", mode="vector_entry_point"),
         ["vector entry point"],
     ),
-    "unknown device": ("--device abacus", ["--device must be", "'abacus'"]),
-    "absent device": ("--device cuda:77", ["--device must be", "'cuda:77'"]),
-    "device without data": ("--device meta", ["--device must be", "'meta'"]),
-    "existing run": ("--run-name taken", ["taken", "--run-name"]),
-    "too few rows": ("--num-envs 1 --num-steps 15 --num-minibatches 4", ["--num-minibatches", "two rows"]),
+    "unknown device": (["--device=abacus"], ["--device must be", "'abacus'"]),
+    "absent device": (["--device=cuda:77"], ["--device must be", "'cuda:77'"]),
+    "device without data": (["--device=meta"], ["--device must be", "'meta'"]),
+    "existing run": (["--run-name=taken"], ["taken", "--run-name"]),
+    "too few rows": (
+        ["--num-envs=1", "--num-steps=15", "--num-minibatches=4"],
+        ["--num-minibatches", "two rows"],
+    ),
+    "no run to resume": (["--resume=nowhere"], ["Cannot use nowhere", "No such file"]),
+    "no run to evaluate": (["--evaluate=nowhere"], ["Cannot use nowhere", "No such file"]),
+}
+MISSING = {  # the same, where some packages are not installed
+    "environment": (["--env-id=HalfCheetah-v5"], ["MuJoCo", 'pip install "gymnasium[mujoco]"']),
+    "games": (["--env-id=ALE/Pong-v5"], ["No module named 'ale_py'", "pip install ale-py"]),
+    "renderer": (['--env-kwargs={"render_mode": "human"}'], ["pygame", "pip install"]),
 }
 OUT_OF_RANGE = {
-    "num_envs": ["0", "-1"],
-    "total_timesteps": ["0"],
-    "num_steps": ["0"],
-    "num_minibatches": ["0"],
-    "update_epochs": ["0"],
-    "hidden_sizes": ["0", "-3"],
-    "seed": ["-1"],
-    "eval_episodes": ["-1"],
-    "checkpoint_interval": ["-1"],
-    "learning_rate": ["-1e-9", "nan", "inf"],
-    "ent_coef": ["-0.1", "nan", "inf"],
-    "vf_coef": ["-0.1", "nan", "inf"],
-    "gamma": ["1.01", "-0.1", "nan"],
-    "gae_lambda": ["1.01", "-0.1", "nan"],
-    "clip_coef": ["0", "nan", "inf"],
-    "max_grad_norm": ["0", "nan", "inf"],
-    "target_kl": ["0", "-1", "nan", "inf"],
-    "dual_clip": ["1", "nan", "inf"],
-    "log_std_init": ["-20.1", "2.1", "nan"],
+    "num_envs": [0, -1],
+    "total_timesteps": [0, -1],
+    "num_steps": [0, -1],
+    "num_minibatches": [0, -1],
+    "update_epochs": [0, -1],
+    "hidden_sizes": [(0,), (64, -3)],
+    "seed": [-1],
+    "eval_episodes": [-1],
+    "checkpoint_interval": [0, -1],
+    "learning_rate": [-1e-9, float("nan"), float("inf")],
+    "ent_coef": [-0.1, float("nan"), float("inf")],
+    "vf_coef": [-0.1, float("nan"), float("inf")],
+    "gamma": [1.01, -0.1, float("nan")],
+    "gae_lambda": [1.01, -0.1, float("nan")],
+    "clip_coef": [0.0, float("nan"), float("inf")],
+    "max_grad_norm": [0.0, float("nan"), float("inf")],
+    "target_kl": [0.0, -1.0, float("nan"), float("inf")],
+    "dual_clip": [1.0, float("nan"), float("inf")],
+    "log_std_init": [-20.1, 2.1, float("nan")],
+}
+LIMITS = {  # what is just in range
+    "num_envs": [1],
+    "total_timesteps": [1],
+    "num_minibatches": [1],
+    "update_epochs": [1],
+    "hidden_sizes": [(), (1,)],
+    "seed": [0],
+    "eval_episodes": [0],
+    "checkpoint_interval": [1],
+    "learning_rate": [0.0],
+    "ent_coef": [0.0],
+    "vf_coef": [0.0],
+    "gamma": [0.0, 1.0],
+    "gae_lambda": [0.0, 1.0],
+    "log_std_init": [-20.0, 2.0],
 }
 
 
-@pytest.fixture(scope="module")
-def bad_runs(tmp_path_factory):
-    """Every bad input, by running the program, each in a folder of its own with a run called taken."""
-
-    missing = tmp_path_factory.mktemp("missing")
-
-    def attempt(flags):
-        folder = tmp_path_factory.mktemp("bad")
-        (folder / "runs" / "taken").mkdir(parents=True)
-        for name in ("mujoco", "pygame"):  # as if they were not installed
-            missing.joinpath(f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
-        flags = flags.replace("_space", " space").split(" --")
-        argv = [word for flag in flags for word in ("--" + flag.removeprefix("--")).split(" ", 1)]
-        return (
-            run(folder, *argv, path=missing),
-            sorted(os.listdir(folder / "runs")),
-            os.listdir(folder / "runs" / "taken"),
-        )
-
-    commands = {name: flags for name, (flags, _) in BAD_INPUT.items()}
-    commands |= {name: f"--{name.replace('_', '-')} {values[-1]}" for name, values in OUT_OF_RANGE.items()}
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(commands, pool.map(attempt, commands.values()), strict=True))
+SHORT = "--total-timesteps=512"  # so that what is not refused, as it should be, ends soon
 
 
-@pytest.mark.parametrize("name", [*BAD_INPUT, *OUT_OF_RANGE])
-def test_bad_input_is_one_sentence_and_exit_code_2(name, bad_runs):
-    result, runs, taken = bad_runs[name]
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if "ppo.py: " in line]
-    assert len(lines) == 1
-    assert lines[0] == result.stderr.splitlines()[-1]
-    parts = BAD_INPUT.get(name, ("", [f"--{name.replace('_', '-')}"]))[1]
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def assert_says(code, stderr, parts):
+    """Exit code 2 and one sentence, which has these parts, and no advice but among them."""
+    assert code == 2
+    (line,) = stderr.splitlines()
+    assert line.startswith("ppo.py: ")
     for part in parts:
-        assert part in lines[0]
-    assert ("pip install" in lines[0]) == ("pip install" in " ".join(parts))
-    assert (runs, taken) == (["taken"], []), "nothing may be left behind"
+        assert part in line
+    assert ("pip install" in line) == ("pip install" in " ".join(parts))
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in OUT_OF_RANGE.items() for v in values])
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(name, main):
+    flags, parts = BAD_INPUT[name]
+    code, _, stderr = main(SHORT, *flags)
+    assert_says(code, stderr, parts)
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_package_is_one_sentence_and_exit_code_2(name, tmp_path):
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    for module in ("ale_py", "mujoco", "pygame"):
+        error = f"ModuleNotFoundError(\"No module named '{module}'\", name='{module}')"
+        (modules / f"{module}.py").write_text(f"raise {error}")
+    flags, parts = MISSING[name]
+    result = run(tmp_path, *flags, path=modules)
+    assert_says(result.returncode, result.stderr, parts)
+    assert os.listdir(tmp_path) == ["modules"]
+
+
+def test_games_that_the_installed_package_lacks(tmp_path):
+    """Nobody is told to install what is there: here an ale_py that registers nothing."""
+    (tmp_path / "ale_py.py").write_text("")
+    result = run(tmp_path, "--env-id=ALE/Pong-v5", path=tmp_path)
+    assert result.returncode == 2
+    assert "ALE" in result.stderr
+    assert "pip install ale-py" not in result.stderr
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_flag_out_of_range_is_exit_code_2(name, main):
+    value = OUT_OF_RANGE[name][-1]
+    given = [str(x) for x in (value if isinstance(value, tuple) else (value,))]
+    code, _, stderr = main(SHORT, flag(name), *given)
+    assert_says(code, stderr, [f"{flag(name)} must be "])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, x) for name, values in OUT_OF_RANGE.items() for x in values]
+)
 def test_every_numeric_flag_has_a_range(name, value):
-    number = float(value) if "." in value or not value.lstrip("-").isdigit() else int(value)
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
-        ppo.train(ppo.Args(**{name: (number,) if name == "hidden_sizes" else number}))
-    assert not os.path.exists("runs")
+    with pytest.raises(ValueError, match=f"^{flag(name)} must be .*, not "):
+        ppo.train(ppo.Args(**{"total_timesteps": 512, name: value}))
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, x) for name, values in LIMITS.items() for x in values]
+)
+def test_ranges_include_their_limits(name, value):
+    ppo.check(ppo.Args(**{name: value}))
 
 
 def test_no_numeric_flag_is_forgotten():
-    fields = dataclasses.fields(ppo.Args)
-    numeric = {
-        f.name for f in fields if re.search(r"\b(int|float)\b", getattr(f.type, "__name__", str(f.type)))
-    }
-    numeric |= {f.name for f in fields if "tuple[int" in str(f.type)}
-    assert numeric == set(OUT_OF_RANGE)
+    """Nor is one that a fork adds: some number is wrong for every one of them."""
+    for field in dataclasses.fields(ppo.Args):
+        kind = getattr(field.type, "__name__", "") or str(field.type)
+        if "tuple[int" in str(field.type):
+            wrong = (-1,)
+        elif re.search(r"\bfloat\b", f"{kind} {field.type}"):
+            wrong = float("nan")
+        elif re.search(r"\bint\b", f"{kind} {field.type}"):
+            wrong = -1
+        else:
+            assert field.name not in OUT_OF_RANGE
+            continue
+        with pytest.raises(ppo.InputError, match=flag(field.name)):
+            ppo.check(ppo.Args(**{field.name: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("env_id", "CartPoll-v1"),
+        ("vectorization_mode", "threads"),
+        ("activation", "gelu"),
+        ("device", "abacus"),
+        ("env_kwargs", ["size"]),
+        ("resume", "nowhere"),
+        ("run_name", "taken"),
+    ],
+)
+def test_in_python_bad_input_is_a_value_error(name, value, tmp_path):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    with pytest.raises(ValueError, match=value[0] if name == "env_kwargs" else value):
+        ppo.train(ppo.Args(**{"total_timesteps": 512, name: value}))
+    assert_nothing_is_left(tmp_path)
 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        {"env_id": "CartPoll-v1"},
-        {"vectorization_mode": "threads"},
-        {"activation": "gelu"},
-        {"device": "abacus"},
-    ],
+    [["--num-envs", "two"], ["--env-kwargs", "{"], ["--no-such-flag"], ["--activation", "x"]],
+    ids=" ".join,
 )
-def test_in_python_bad_input_is_a_value_error(flags):
-    with pytest.raises(ValueError, match=next(iter(flags.values()))):
-        ppo.train(ppo.Args(**flags))
+def test_what_cannot_be_parsed_is_exit_code_2(flags, main):
+    code, _, stderr = main(*flags)
+    assert code == 2
+    assert flags[0] in stderr
+    assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize(
-    "flags", [["--num-envs", "two"], ["--env-kwargs", "{"], ["--no-such-flag"], ["--activation", "x"]]
-)
-def test_what_cannot_be_parsed_is_exit_code_2(flags, tmp_path):
-    result = run(tmp_path, *flags)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert os.listdir(tmp_path) == []
+# What the constructor of an environment does.
+@pytest.mark.parametrize("error", ["AssertionError", "KeyError", "TypeError", "ValueError"])
+def test_a_constructor_that_refuses_its_arguments(error, main):
+    code, _, stderr = main(*env_flags(f"failing:{error}-v0", where="constructor"))
+    parts = [f"failing:{error}-v0", "'where': 'constructor'", error, "the motor is on fire"]
+    assert_says(code, stderr, parts)
 
 
-def test_help_has_a_sentence_for_every_flag(tmp_path):
-    result = run(tmp_path, "--help")
-    assert result.returncode == 0
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", result.stdout).split())
+@pytest.mark.parametrize("more", [[], ["--preset=none"]])
+@pytest.mark.parametrize("error", ["AssertionError", "KeyError", "TypeError", "ValueError"])
+def test_a_constructor_that_has_no_arguments_to_refuse(error, more, main_raises):
+    """So it is a bug, and keeps its traceback."""
+    name, shown = main_raises(*env_flags(f"failing:{error}-v0"), *more)
+    assert name == error
+    assert "failing.py" in shown
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ZeroDivisionError", "OSError"])
+def test_a_constructor_that_fails(error, main_raises):
+    """These are no refusals, whatever the arguments."""
+    name, shown = main_raises(*env_flags(f"failing:{error}-v0", where="constructor"))
+    assert name == error
+    assert "failing.py" in shown
+    assert os.listdir() == []
+
+
+# Help.
+HELP = {
+    "alone": (["--help"], ""),
+    "short": (["-h"], ""),
+    "unknown environment": (["--env-id=CartPoll-v1", "--help"], "CartPoll"),
+    "missing module": (["--help", "--env-id=no_such_module:Env-v0"], "No module named"),
+    "refused value": (["--help", *BAD_INPUT["refused value"][0]], "size -7 is too small"),
+    "not an object": (["--env-kwargs=[1]", "--help"], "--env-kwargs must be"),
+    "no run to resume": (["--resume=nowhere", "--help"], "Cannot use nowhere"),
+    "no run to evaluate": (["-h", "--evaluate=nowhere"], "Cannot use nowhere"),
+}
+
+
+def words(text):
+    """Text without the frames around it and its division into lines."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_is_always_printed(name, main):
+    """Where the environment or the run cannot be had, a sentence above the help says so."""
+    _, alone, _ = main("--help")
+    flags, reason = HELP[name]
+    code, stdout, stderr = main(*flags)
+    assert (code, stderr) == (0, "")
+    assert stdout.endswith(alone)
+    above = stdout.removesuffix(alone)
+    assert reason in above
+    assert bool(above) == bool(reason)
+    assert "--num-envs INT" in alone
+
+
+def test_help_is_printed_where_a_constructor_has_a_bug(main):
+    code, stdout, _ = main("--help", "--env-id=failing:ValueError-v0")
+    assert code == 0
+    assert "the motor is on fire" in stdout
+    assert "--num-envs INT" in stdout
+
+
+def test_help_has_a_sentence_for_every_flag(main):
+    text = words(main("--help")[1])
+    kind = r"(?:[{\[A-Z]\S*(?: \[?[A-Z.\]]+)* )?"
     for field in dataclasses.fields(ppo.Args):
-        flag = "--" + field.name.replace("_", "-")
-        match = re.search(
-            rf"{flag}(?:, --no-\S+)? (?:[{{\[A-Z]\S*(?: \[?[A-Z.\]]+)* )?([a-zA-Z][^(]{{15,}})", text
-        )
-        assert match, f"{flag} has no help"
+        sentence = rf"{flag(field.name)}(?:, --no-\S+)? {kind}[a-zA-Z](?:(?!\(default:).){{14,}}"
+        assert re.search(sentence, text), f"{field.name} has no help"
     assert "1_000_000" in text
-    assert os.listdir(tmp_path) == []
 
 
 def test_every_flag_is_read_somewhere():
@@ -189,22 +373,21 @@ def test_every_flag_is_read_somewhere():
         assert re.search(rf"(args|self)\.{field.name}\b", code), f"nothing reads {field.name}"
 
 
+# A run.
 def test_a_run(tmp_path):
-    """Underscores in numbers, a made-up run folder, a header, progress and a summary; nothing on stderr."""
+    """Underscores in numbers, a made-up folder, a header, progress, a summary; stderr is empty."""
     flags = ["--total-timesteps", "2_048", "--env-id", "probes:Match-v0", "--exp-name", "a/b: c"]
     result = run(tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     (name,) = os.listdir(tmp_path / "runs")
     assert re.fullmatch(r"probes-Match-v0__a-b--c__1__\d+", name)
-    for part in (
-        f"run: runs/{name}",
-        "4 x probes:Match-v0",
-        "Discrete(2)",
-        "parameters on cpu",
-        "2,048 steps (100%)",
-    ):
-        assert part in result.stdout
+    header = result.stdout.splitlines()
+    assert header[0] == f"run: runs/{name}, from step 0, preset none"
+    assert header[1] == "environments: 4 x probes:Match-v0, sync"
+    assert header[2] == "spaces: (1,) -> Discrete(2)"
+    assert re.fullmatch(r"agent: [\d,]+ parameters on cpu", header[3])
+    assert re.match(r"2,048 steps \(100%\), [\d,]+ steps/s, return .*, 0:00:00 left", header[7])
     *_, end, way, evaluation = result.stdout.splitlines()
     assert end.startswith("end: 2,048 steps (100%)")
     assert way == f"evaluate from step 2,048: python ppo.py --evaluate runs/{name}"
@@ -214,30 +397,43 @@ def test_a_run(tmp_path):
     assert os.listdir(tmp_path) == ["runs"]
 
 
+TINY = {"env_id": "Match-v0", "total_timesteps": 64, "num_steps": 16, "eval_episodes": 0}
+
+
 def test_run_folders_are_never_shared(tmp_path, monkeypatch):
     """Made-up names hold milliseconds; where even these are equal, the second run is refused."""
-    clock = iter([7_001_000_000, 7_002_000_000, 7_002_000_000, 0])
-    fake = SimpleNamespace(time_ns=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(ppo, "time", fake)
-    flags = {"env_id": "probes:Match-v0", "total_timesteps": 64, "num_steps": 16, "eval_episodes": 0}
-    ppo.train(ppo.Args(**flags))
-    ppo.train(ppo.Args(**flags))
-    assert sorted(os.listdir("runs")) == [f"probes-Match-v0__ppo__1__{t}" for t in (7001, 7002)]
+    monkeypatch.setattr(time, "time_ns", lambda: 7_001_000_000)
+    ppo.train(ppo.Args(**TINY))
+    monkeypatch.setattr(time, "time_ns", lambda: 7_002_000_000)
+    ppo.train(ppo.Args(**TINY))
+    assert sorted(os.listdir("runs")) == [f"Match-v0__ppo__1__{t}" for t in (7001, 7002)]
     with pytest.raises(ppo.InputError, match="7002"):
-        ppo.train(ppo.Args(**flags))
+        ppo.train(ppo.Args(**TINY))
     (tmp_path / "runs").rename(tmp_path / "moved")
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ppo.InputError, match="runs"):
-        ppo.train(ppo.Args(run_name="x"))
+        ppo.train(ppo.Args(**TINY, run_name="x"))
 
 
-def test_progress_on_a_terminal_is_one_line(tmp_path):
-    """In a pseudo-terminal of 60 columns no line is longer, and all of the progress overwrites itself."""
+def test_a_run_name_is_made_safe():
+    for name in ("a b/../c", "日本語", "..."):
+        ppo.train(ppo.Args(**TINY, run_name=name))
+    assert sorted(os.listdir("runs")) == sorted(["a-b-..-c", "日本語", "run"])
+    with pytest.raises(ppo.InputError, match="runs/run"):
+        ppo.train(ppo.Args(**TINY, run_name="..."))
+    assert os.listdir() == ["runs"]
+
+
+def in_a_terminal(folder, columns, *flags):
+    """What the program shows in a pseudo-terminal of so many columns, without the ends of lines."""
     parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "60"}
-    command = [sys.executable, str(PPO), "--total-timesteps", "20_480"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=child, stderr=child)
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+    env.pop("COLUMNS", None)
+    command = [sys.executable, str(PPO), *flags]
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdin=child, stdout=child, stderr=child
+    )
     os.close(child)
     output = b""
     try:
@@ -245,28 +441,29 @@ def test_progress_on_a_terminal_is_one_line(tmp_path):
             output += chunk
     except OSError:  # how Linux says that the other end is closed
         pass
+    os.close(parent)
     assert process.wait() == 0
-    lines = output.decode().replace("\r\n", "\n").split("\n")
-    progress = [line for line in lines if "\r" in line]
-    assert len(progress) == 1
-    updates = progress[0].split("\r")[1:]
-    assert len(updates) == 40
-    assert all(len(update) == 59 for update in updates)
-    assert re.match(r"18,432 steps \(90%\), [\d,]+ steps/s, return \d+\.\d, length", updates[35])
+    return output.decode().replace("\r\n", "\n").split("\n")
 
 
-def test_training_and_evaluating_import_no_compiler(tmp_path):
-    """Any of torch's own optimizers would, which takes longer than a run of some iterations."""
-    code = "ppo.train(ppo.Args(total_timesteps=512)); sys.exit('torch._dynamo' in sys.modules)"
-    command = [sys.executable, "-c", f"import sys, ppo; {code}"]
-    assert (
-        subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PPO.parent)}).returncode
-        == 0
-    )
+@pytest.mark.parametrize("columns", [60, 0])
+def test_progress_on_a_terminal_is_one_line(columns, tmp_path):
+    """All of the progress overwrites itself, and is cut to the width, unless that is unknown."""
+    lines = in_a_terminal(tmp_path, columns, "--total-timesteps=10_240", "--eval-episodes=0")
+    (progress,) = [line for line in lines if "\r" in line]
+    updates = progress.replace("\x1b[K", "").split("\r")[1:]
+    assert len(updates) == 20
+    if columns == 0:
+        assert all(update.endswith(" left") for update in updates)
+    else:
+        assert max(map(len, updates)) == columns - 1
+    pattern = r"9,216 steps \(90%\), [\d,]+ steps/s, return \d+\.\d, length"
+    assert re.match(pattern, updates[17])
 
 
 def test_import_has_no_side_effects(tmp_path):
-    code = "import torch; n = torch.get_num_threads(); import ppo; assert torch.get_num_threads() == n"
+    code = "import torch; n = torch.get_num_threads(); state = torch.get_rng_state(); import ppo; "
+    code += "assert torch.get_num_threads() == n; assert torch.get_rng_state().equal(state)"
     env = {**os.environ, "PYTHONPATH": str(PPO.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
@@ -275,133 +472,263 @@ def test_import_has_no_side_effects(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_run_name_is_made_safe(tmp_path):
-    make = lambda name: ppo.train(ppo.Args(run_name=name, total_timesteps=64, num_steps=16, eval_episodes=0))  # noqa: E731
-    for name in ("a b/../c", "日本語", "..."):
-        make(name)
-    assert sorted(os.listdir("runs")) == sorted(["a-b-..-c", "日本語", "run"])
-    with pytest.raises(ppo.InputError, match="runs/run"):
-        make("...")
+def test_defaults():
+    """Those of CleanRL's ppo.py, with scaling on. A fork may have more flags."""
+    expected = {
+        "exp_name": "ppo",
+        "run_name": None,
+        "seed": 1,
+        "torch_deterministic": True,
+        "device": "auto",
+        "resume": None,
+        "checkpoint_interval": None,
+        "evaluate": None,
+        "eval_episodes": 10,
+        "eval_stochastic": False,
+        "capture_video": False,
+        "env_id": "CartPole-v1",
+        "env_kwargs": {},
+        "preset": "none",
+        "num_envs": 4,
+        "vectorization_mode": "sync",
+        "total_timesteps": 500_000,
+        "num_steps": 128,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "learning_rate": 2.5e-4,
+        "anneal_lr": True,
+        "num_minibatches": 4,
+        "update_epochs": 4,
+        "norm_adv": True,
+        "max_grad_norm": 0.5,
+        "target_kl": None,
+        "recompute_advantages": False,
+        "clip_coef": 0.2,
+        "anneal_clip": False,
+        "clip_vloss": True,
+        "dual_clip": None,
+        "ent_coef": 0.01,
+        "vf_coef": 0.5,
+        "hidden_sizes": (64, 64),
+        "activation": "tanh",
+        "log_std_init": 0.0,
+        "norm_obs": True,
+        "norm_reward": True,
+    }
+    defaults = vars(ppo.Args())
+    assert {name: defaults[name] for name in expected} == expected
+
+
+def test_torch_deterministic():
+    for deterministic in (True, False):
+        ppo.train(ppo.Args(**TINY, torch_deterministic=deterministic))
+        assert torch.backends.cudnn.deterministic is deterministic
+
+
+# What stops a run.
+def working_in(folder):
+    """The processes, beside this, with this working directory; Linux alone shows them."""
+    processes = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if link.readlink() == folder:
+                processes.append(int(link.parent.name))
+        except OSError:
+            continue  # it has ended, or is another user's
+    return [process for process in processes if process != os.getpid()]
 
 
 @pytest.mark.parametrize(
     "flags",
-    [{"num_steps": 128.0}, {"num_envs": None}, {"seed": 1.5}, {"learning_rate": "1e-3"}, {"hidden_sizes": 64},
-     {"hidden_sizes": (64.0,)}, {"total_timesteps": float("inf")}, {"env_kwargs": None}],
-)  # fmt: skip
-def test_values_of_another_kind_are_refused(flags):
-    (name,) = flags
-    with pytest.raises(ppo.InputError, match=f"--{name.replace('_', '-')} must be"):
-        ppo.train(ppo.Args(**flags))
-    assert not os.path.exists("runs")
+    [
+        env_flags("probes:Faulty-v0", mode="async", fault="death"),
+        env_flags("probes:Faulty-v0", mode="async", fault="odd exception"),
+        [*env_flags("failing:Stuck-v0", mode="async"), "--num-envs=2"],
+    ],
+    ids=["death", "odd exception", "death beside a long step"],
+)
+def test_async_workers_that_fail_do_not_hang_the_run(flags, tmp_path):
+    """Some are killed, some raise what cannot be passed on; no process stays behind.
 
-
-def test_defaults():
-    """Those of CleanRL's ppo.py, with scaling on."""
-    assert dataclasses.asdict(ppo.Args()) == {
-        "exp_name": "ppo", "run_name": None, "seed": 1, "torch_deterministic": True, "device": "auto",
-        "env_id": "CartPole-v1", "env_kwargs": {}, "preset": "none", "num_envs": 4,
-        "vectorization_mode": "sync",
-        "total_timesteps": 500_000, "learning_rate": 2.5e-4, "anneal_lr": True, "num_steps": 128,
-        "gamma": 0.99, "gae_lambda": 0.95, "num_minibatches": 4, "update_epochs": 4, "norm_adv": True,
-        "clip_coef": 0.2,
-        "anneal_clip": False, "clip_vloss": True, "dual_clip": None, "ent_coef": 0.01, "vf_coef": 0.5,
-        "max_grad_norm": 0.5, "target_kl": None, "recompute_advantages": False, "hidden_sizes": (64, 64),
-        "activation": "tanh", "log_std_init": 0.0, "norm_obs": True, "norm_reward": True,
-        "resume": None, "checkpoint_interval": None, "evaluate": None, "eval_episodes": 10,
-        "eval_stochastic": False, "capture_video": False,
-    }  # fmt: skip
-
-
-def test_torch_deterministic():
-    for flag in (True, False):
-        ppo.train(ppo.Args(total_timesteps=64, num_steps=16, torch_deterministic=flag))
-        assert ppo.torch.backends.cudnn.deterministic is flag
-
-
-@pytest.mark.parametrize("fault", ["death", "odd exception"])
-def test_async_workers_that_fail_do_not_hang_the_run(fault, tmp_path):
-    """One that is killed, and one whose exception cannot be passed on; neither leaves a process behind."""
-    kwargs = f'{{"fault": "{fault}"}}'
-    flags = ["--env-id", "probes:Faulty-v0", "--env-kwargs", kwargs, "--vectorization-mode", "async"]
+    There is one traceback, as closing the environments does not wait for the dead.
+    """
     result = run(tmp_path, *flags)
     assert result.returncode == 1
-    assert "Traceback" in result.stderr
+    assert result.stderr.count("Traceback (most recent call last):\n  File") == 1
     assert "end: 0 steps" in result.stdout
-    commands = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not any(fault in command and str(PPO) in command for command in commands)
-
-
-FAULTS = {
-    "action": r"action\[0, 0, 0\] is nan",
-    "obs": r"obs\[41, 0, 0\] is nan",  # of the 40th step, which is row 40, as row 20 was a reset
-    "reward": r"reward\[40, 0\] is inf",
-    "exception after nan": r"obs\[41, 0, 0\] is nan, upon which came .*the motor is on fire.*",
-}
-
-
-@pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_nonfinite_values_stop_the_run(fault, mode, monkeypatch, capsys):
-    argv = [
-        "ppo.py",
-        "--env-id",
-        "Faulty-v0",
-        "--env-kwargs",
-        f'{{"fault": "{fault}"}}',
-        "--vectorization-mode",
-        mode,
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    if fault == "action":
-        act = ppo.Agent.act
-        monkeypatch.setattr(ppo.Agent, "act", lambda self, obs: act(self, obs) * float("nan"))
-    with pytest.raises(SystemExit) as exit:
-        ppo.main()
-    assert exit.value.code == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ppo.py: ")]
-    assert re.fullmatch("ppo.py: " + FAULTS[fault], line)
-
-
-@pytest.mark.parametrize("field", ["policy_loss", "grad_norm"])
-def test_nonfinite_updates_stop_the_run(field, monkeypatch):
-    """A loss, and a finite loss with a gradient that is not: the first that failed is named."""
-    original = ppo.ppo_loss
-
-    def ppo_loss(agent, *rest):
-        loss, info = original(agent, *rest)
-        if field == "policy_loss":
-            return loss * float("nan"), info | {"policy_loss": info["policy_loss"] * float("nan")}
-        return loss + (agent.actor[0].bias * 0).abs().sqrt().sum(), info
-
-    monkeypatch.setattr(ppo, "ppo_loss", ppo_loss)
-    with pytest.raises(FloatingPointError, match=field):
-        ppo.train(ppo.Args(total_timesteps=1024))
+    assert working_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_an_exception_of_the_environment_keeps_its_traceback(mode, tmp_path):
-    flags = [
-        "--env-id",
-        "probes:Faulty-v0",
-        "--env-kwargs",
-        '{"fault": "exception"}',
-        "--vectorization-mode",
-        mode,
-    ]
+    flags = env_flags("probes:Faulty-v0", mode=mode, fault="exception")
     result = run(tmp_path, *flags, "--num-steps", "16", "--run-name", "a")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "RuntimeError: the motor is on fire" in result.stderr
+    assert "resume from step 0: python ppo.py --resume runs/a" in result.stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses = EventAccumulator(str(tmp_path / "runs" / "a")).Reload().Scalars("losses/policy_loss")
     assert [event.step for event in losses] == [64, 128], "what came before is flushed"
 
 
-def test_a_full_disk_is_exit_code_1(tmp_path):
-    """No file may grow beyond 4 kB, which is what the log does in its third iteration or so."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
-    result = run(tmp_path, "--checkpoint-interval=0", preexec_fn=limit)
+@pytest.mark.parametrize(
+    ("error", "where", "mode"),
+    [
+        ("FloatingPointError", "step", "sync"),
+        ("FloatingPointError", "step", "async"),
+        ("FloatingPointError", "step after a nan", "sync"),
+        ("RuntimeError", "step after a nan", "async"),
+        ("ValueError", "step", "sync"),
+        ("ValueError", "reset", "async"),
+        ("TypeError", "reset", "sync"),
+        ("KeyError", "step", "sync"),
+        ("AssertionError", "reset", "sync"),
+        ("ImportError", "step", "sync"),
+        ("OSError", "step", "sync"),
+    ],
+)
+def test_what_an_environment_raises_is_no_bad_input(error, where, mode, main_raises):
+    """Though its type be one that is a refusal elsewhere, or that of what a nan raises."""
+    flags = env_flags(f"failing:{error}-v0", mode=mode, where=where)
+    name, shown = main_raises(*flags)
+    assert name == error
+    assert ("failing.py" if mode == "sync" else "async_vector_env.py") in shown
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("obs", "obs[41, 0, 0] is nan"),  # of the 40th step, which is row 40, as row 20 was a reset
+        ("reward", "reward[40, 0] is inf"),
+    ],
+)
+def test_nonfinite_values_stop_the_run(fault, sentence, mode, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *env_flags("Faulty-v0", mode=mode, fault=fault)])
+    with pytest.raises(SystemExit) as exit:
+        ppo.main()
+    assert exit.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"ppo.py: {sentence}\n"
+    assert "resume from step 0: python ppo.py --resume runs/" in captured.out
+
+
+def test_nonfinite_actions_stop_the_run():
+    class Agent(ppo.Agent):
+        def act(self, *args, **kwargs):
+            return super().act(*args, **kwargs) * float("nan")
+
+    args = ppo.Args(env_id="Faulty-v0", env_kwargs={"fault": "action"}, num_steps=16)
+    with pytest.raises(ppo.NonFiniteError, match=r"^action\[0, 0, 0\] is nan$"):
+        ppo.train(args, agent_class=Agent)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("policy_loss", 2), ("grad_norm", 3), ("grad_norm", 2)]
+)
+def test_nonfinite_updates_stop_the_run(name, index):
+    """A loss, or a finite loss with a gradient that is not: the first that failed is named."""
+
+    class Agent(ppo.Agent):
+        count = 0
+
+        def forward(self, obs):
+            if not torch.is_grad_enabled():  # not in an update
+                return super().forward(obs)
+            wrong = self.count == index
+            self.count += 1
+            if wrong and name == "policy_loss":
+                return super().forward(obs * float("nan"))
+            dist, value = super().forward(obs)
+            if wrong:  # the root of 0 is 0, and its slope infinite
+                value = value + (next(self.parameters()) * 0).square().sum().sqrt()
+            return dist, value
+
+    args = ppo.Args(total_timesteps=1024, update_epochs=1, num_minibatches=4)
+    with pytest.raises(FloatingPointError, match=rf"^{name}\[{index}\] is nan$"):
+        ppo.train(args, agent_class=Agent)
+
+
+def test_the_first_value_that_is_not_finite_is_named():
+    """A reward of infinity in row 7, and a nan that follows it in the observation of row 9."""
+    args = ppo.Args(env_id="failing:Exploding-v0", num_envs=1, total_timesteps=128)
+    with pytest.raises(ppo.NonFiniteError, match=r"^reward\[7, 0\] is inf$"):
+        ppo.train(args)
+
+
+@pytest.mark.parametrize("limit", [4096, 20_000])
+def test_a_full_disk_is_exit_code_1(limit, tmp_path):
+    """No file may grow beyond these bytes: the first checkpoint does, or TensorBoard's log."""
+    small = ["--hidden-sizes=1", "--num-steps=16", "--total-timesteps=64_000", "--run-name=a"]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    result = run(tmp_path, *small, preexec_fn=full)
     assert result.returncode == 1
-    assert result.stderr == "ppo.py: [Errno 27] File too large\n"
+    assert "File too large" in result.stderr
+    if limit == 20_000:
+        assert "resume from step 0: python ppo.py --resume runs/a" in result.stdout
+        assert ppo.load("runs/a")["iteration"] == 0
+
+
+def test_actions_without_bounds_bring_no_warning():
+    box = spaces.Box(-np.inf, np.inf, (1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        ppo.Agent(spaces.Box(-1, 1, (1,)), box, ppo.Args())
+
+
+def test_an_infinite_reward_brings_no_warning_beside_the_sentence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(ppo.NonFiniteError):
+            ppo.train(ppo.Args(env_id="Faulty-v0", env_kwargs={"fault": "reward"}))
+
+
+# Copies of the file, changed as a fork may change it.
+def test_annotations_may_be_strings(tmp_path):
+    code = PPO.read_text()
+    lines = code.splitlines(keepends=True)
+    lines.insert(ast.parse(code).body[0].end_lineno, "\nfrom __future__ import annotations\n")
+    fork = tmp_path / "ppo.py"
+    fork.write_text("".join(lines))
+    expected = run(tmp_path, "--help")
+    result = run(tmp_path, "--help", program=fork)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert words(result.stdout).replace(str(fork), "") == words(expected.stdout).replace(
+        str(PPO), ""
+    )
+    flags = ["--env-id=Pendulum-v1", "--num-envs=4", "--num-minibatches=4", "--run-name=a"]
+    result = run(tmp_path, *flags, "--total-timesteps=256", "--eval-episodes=1", program=fork)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "end: 256 steps (100%)" in result.stdout
+    assert "eval: mean" in result.stdout
+    flags = ["--resume=runs/a", "--total-timesteps=512", "--eval-episodes=0"]
+    result = run(tmp_path, *flags, program=fork)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "end: 512 steps (100%)" in result.stdout
+
+
+MISTAKES = {
+    "NameError": "arsg.num_envs >= 1",
+    "AttributeError": "args.num_evns >= 1",
+    "TypeError": "args.num_envs >= '1'",
+    "ValueError": "args.num_envs >= int('one')",
+}
+
+
+@pytest.mark.parametrize("error", MISTAKES)
+def test_a_mistake_in_a_check_is_not_taken_for_bad_input(error, tmp_path):
+    """The condition of the first requirement is written wrong; that keeps its traceback."""
+    tree = ast.parse(PPO.read_text())
+    (check,) = [x for x in tree.body if getattr(x, "name", "") == "check"]
+    calls = [x for x in ast.walk(check) if isinstance(x, ast.Call)]
+    requirement = next(x for x in calls if ast.unparse(x.func) == "require")
+    requirement.args[1] = ast.parse(MISTAKES[error], mode="eval").body
+    fork = tmp_path / "ppo.py"
+    fork.write_text(ast.unparse(tree))
+    result = run(tmp_path, "--preset=none", program=fork)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert MISTAKES[error] in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"{error}: ")

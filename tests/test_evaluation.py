@@ -1,5 +1,6 @@
 """What a run has learnt, afterwards: evaluation, video, and the agent on its own."""
 
+import importlib
 import os
 import re
 import shutil
@@ -15,54 +16,61 @@ import probes
 import pytest
 import torch
 from moviepy import VideoFileClip
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoints import files
+from test_checkpoints import curves, differing, files, saved, start
 from test_cli import PPO, TESTS, run
 
 import ppo
 
-FLAGS = {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "run_name": "a", "eval_episodes": 0}
+FLAGS = {
+    "num_steps": 16,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "run_name": "a",
+    "eval_episodes": 0,
+}
+README = (PPO.parent / "README.md").read_text()
 
 
-def evaluation(capsys, **flags):
-    """Evaluate runs/a; its line on the console."""
-    capsys.readouterr()
-    ppo.evaluate("runs/a", ppo.Args(**{**FLAGS, **flags}))
-    return capsys.readouterr().out
+def evaluated(*, agent_class=ppo.Agent, **flags):
+    """The returns of an evaluation of runs/a."""
+    return ppo.evaluate("runs/a", ppo.Args(**{**FLAGS, **flags}), agent_class=agent_class)
 
 
+# --- Returns --------------------------------------------------------------------------------------
 def test_the_line_and_the_scalar(capsys):
-    """Raw returns of ten differently seeded episodes, whatever the scaling."""
-    flags = {"env_id": "Dice-v0", "total_timesteps": 192}
-    ppo.train(ppo.Args(**FLAGS, **flags))
+    """Raw returns of differently seeded episodes, whatever the scaling."""
+    flags = {"env_id": "Dice-v0", "total_timesteps": 192, "eval_episodes": 7}
+    ppo.train(ppo.Args(**{**FLAGS, **flags, "eval_episodes": 0}))
+    capsys.readouterr()
     probes.Dice.rewards.clear()
-    line = evaluation(capsys, eval_episodes=7, **flags)
-    returns = np.array(probes.Dice.rewards)
+    returns = evaluated(**flags)
+    assert isinstance(returns, np.ndarray)
+    assert returns.tolist() == probes.Dice.rewards
     assert len(set(returns)) == len(returns) == 7
-    statistics = f"mean {returns.mean():.1f} std {returns.std():.1f} min {returns.min()} max {returns.max()}"
-    assert line == f"eval: {statistics} (7 episodes, greedy)\n"
-    (event,) = EventAccumulator("runs/a").Reload().Scalars("eval/episodic_return")
-    assert (event.step, event.value) == (192, pytest.approx(returns.mean()))
-    probes.Dice.rewards.clear()
-    assert evaluation(capsys, eval_episodes=7, **flags) == line
-    assert probes.Dice.rewards == returns.tolist(), "the same seeds each time"
+    line = capsys.readouterr().out
+    statistics = f"mean {returns.mean():.1f} std {returns.std():.1f}"
+    extremes = f"min {returns.min():.1f} max {returns.max():.1f}"
+    assert line == f"eval: {statistics} {extremes} (7 episodes, greedy)\n"
+    assert curves()["eval/episodic_return"] == [(192, pytest.approx(returns.mean()))]
+    assert evaluated(**flags).tolist() == returns.tolist(), "the same seeds each time"
+    assert capsys.readouterr().out == line
 
 
-def test_after_training_and_later_are_the_same(tmp_path):
-    """From the checkpoint of a folder, from a .pt file elsewhere, and with other flags; nothing changes."""
+def test_after_training_and_later_are_the_same(tmp_path, command):
+    """From the checkpoint of a folder, from a .pt file elsewhere, and with other flags.
+
+    All but TensorBoard's log stays as it is.
+    """
     flags = ["--total-timesteps=1024", "--num-steps=16", "--run-name=a", "--eval-episodes=3"]
     last = run(tmp_path, *flags).stdout.splitlines()[-1]
     assert re.fullmatch(r"eval: mean \S+ std \S+ min \S+ max \S+ \(3 episodes, greedy\)", last)
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "runs/a/checkpoint.pt", tmp_path / "elsewhere/x.pt")
     before = {name: content for name, content, _ in files(tmp_path)}
-    results = [
-        run(tmp_path, "--evaluate", path) for path in ("runs/a", "runs/a/checkpoint.pt", "elsewhere/x.pt")
-    ]
-    assert [(result.returncode, result.stderr, result.stdout) for result in results] == [
-        (0, "", last + "\n")
-    ] * 3
-    more = run(tmp_path, "--evaluate", "runs/a", "--eval-episodes=5", "--eval-stochastic").stdout
+    for path in ("runs/a", "runs/a/checkpoint.pt", "elsewhere/x.pt"):
+        result = command("--evaluate", path)
+        assert (result.returncode, result.stderr, result.stdout) == (0, "", last + "\n")
+    more = command("--evaluate", "runs/a", "--eval-episodes=5", "--eval-stochastic").stdout
     assert more.endswith("(5 episodes, stochastic)\n")
     after = {name: content for name, content, _ in files(tmp_path)}
     assert all(after[name] == content for name, content in before.items())
@@ -71,140 +79,279 @@ def test_after_training_and_later_are_the_same(tmp_path):
     assert sum(path.startswith("elsewhere") for path in new) == 1
 
 
-def test_a_run_without_evaluation_can_be_evaluated(tmp_path):
+def test_a_run_without_evaluation_can_be_evaluated(command):
     """By the command that its end shows."""
     flags = ["--total-timesteps=64", "--num-steps=16", "--run-name=a", "--eval-episodes=0"]
-    last = run(tmp_path, *flags).stdout.splitlines()[-1]
+    last = command(*flags).stdout.splitlines()[-1]
     assert last == "evaluate from step 64: python ppo.py --evaluate runs/a"
-    assert run(tmp_path, *last.split()[-2:]).stdout.endswith("(10 episodes, greedy)\n")
+    assert command(*last.split()[-2:]).stdout.endswith("(10 episodes, greedy)\n")
 
 
-def test_greedy_and_stochastic(capsys):
-    """A policy that has learnt nothing prefers one action by a hair: always so, or half of the time."""
-    flags = {"env_id": "Choice-v0", "total_timesteps": 64, "learning_rate": 0.0, "eval_episodes": 40}
-    ppo.train(ppo.Args(**{**FLAGS, **flags, "eval_episodes": 0}))
-    assert "std 0.0" in evaluation(capsys, **flags)
-    mean, std = re.search(r"mean (\S+) std (\S+)", evaluation(capsys, eval_stochastic=True, **flags)).groups()
-    assert abs(float(mean)) < 0.5
-    assert float(std) > 0.8
+def test_greedy_and_stochastic():
+    """A policy that has learnt nothing prefers an action by a hair: always so, or half the time."""
+    flags = {"env_id": "Choice-v0", "total_timesteps": 64, "learning_rate": 0.0}
+    ppo.train(ppo.Args(**FLAGS, **flags))
+    flags["eval_episodes"] = 40
+    assert evaluated(**flags).std() == 0
+    returns = evaluated(**flags, eval_stochastic=True)
+    assert abs(returns.mean()) < 0.5
+    assert returns.std() > 0.8
+    again = evaluated(**flags, eval_stochastic=True)
+    assert again.tolist() == returns.tolist(), "it is a sample, but the same each time"
+
+
+def test_an_environment_that_seeds_torch_does_not_choose_the_actions():
+    """It does so in every reset, so that all episodes would be the same."""
+    flags = {"env_id": "Reseeding-v0", "env_kwargs": {"when": "reset"}, "total_timesteps": 64}
+    ppo.train(ppo.Args(**FLAGS, **flags))
+    assert evaluated(**flags, eval_stochastic=True, eval_episodes=20).std() > 0.5
 
 
 @pytest.mark.parametrize(
-    "space", [ppo.spaces.Discrete(5), ppo.spaces.MultiDiscrete([3, 4]), ppo.spaces.Box(-1, 1, (2,))]
+    "space", [gym.spaces.Discrete(5), gym.spaces.MultiDiscrete([3, 4]), gym.spaces.Box(-1, 1, (2,))]
 )
 def test_the_greedy_action_is_the_mode(space):
     torch.manual_seed(0)
-    agent = ppo.Agent(ppo.spaces.Box(-1, 1, (3,)), space, ppo.Args())
+    agent = ppo.Agent(gym.spaces.Box(-1, 1, (3,)), space, ppo.Args())
     obs = torch.randn(50, 3)
     with torch.no_grad():
-        greedy, (dist, _) = agent.act(obs, greedy=True), agent(obs)
+        greedy = agent.act(obs, greedy=True)
+        dist, _ = agent(obs)
         for _ in range(200):
             assert torch.all(dist.log_prob(agent.act(obs)) <= dist.log_prob(greedy))
     assert not torch.equal(agent.act(obs), agent.act(obs)), "and otherwise it is a sample"
 
 
-def test_statistics_are_frozen_and_needed(capsys, monkeypatch):
+class Counted(ppo.Agent):
+    """Notes how many observations its statistics are of, whenever it acts."""
+
+    counts = []  # noqa: RUF012
+
+    def act(self, *args, **kwargs):
+        self.counts.append(self.obs_stats.count.item())
+        return super().act(*args, **kwargs)
+
+
+def test_statistics_are_frozen_and_needed():
     """Without them the agent is lost: it reads 497 and 503, and has learnt to tell -1 from 1."""
-    flags = {"env_id": "Shifted-v0", "total_timesteps": 8192, "learning_rate": 3e-3, "eval_episodes": 60}
-    agent = ppo.train(ppo.Args(**{**FLAGS, **flags, "eval_episodes": 0}))
-    counts, act = [], ppo.Agent.act
-    monkeypatch.setattr(ppo.Agent, "act", lambda a, *x: counts.append(a.obs_stats.count.item()) or act(a, *x))
-    assert "mean 1.0 std 0.0" in evaluation(capsys, **flags)
-    assert counts == [agent.obs_stats.count.item()] * 60
+    flags = {"env_id": "Shifted-v0", "total_timesteps": 8192, "learning_rate": 3e-3}
+    agent = ppo.train(ppo.Args(**FLAGS, **flags))
+    Counted.counts.clear()
+    flags["eval_episodes"] = 60
+    assert set(evaluated(**flags, agent_class=Counted)) == {1.0}
+    assert Counted.counts == [agent.obs_stats.count.item()] * 60
 
     checkpoint = torch.load("runs/a/checkpoint.pt")
     fresh = ppo.RunningStats((1,)).state_dict()
     checkpoint["agent"].update({f"obs_stats.{name}": value for name, value in fresh.items()})
     torch.save(checkpoint, "runs/a/checkpoint.pt")
-    mean = float(re.search(r"mean (\S+)", evaluation(capsys, **flags)).group(1))
-    assert mean < 0.5
+    assert evaluated(**flags).mean() < 0.5
 
 
-def test_an_agent_that_goes_on_for_ever_is_stopped(capsys, monkeypatch):
+class Still(ppo.Agent):
+    """Does always the same, which takes no time."""
+
+    def act(self, obs, *args, **kwargs):
+        return torch.zeros(len(obs), dtype=torch.int64)
+
+
+def test_an_agent_that_goes_on_for_ever_is_stopped(capsys):
     """After 100,000 steps of reward 1."""
     flags = {"env_id": "Endless-v0", "total_timesteps": 64}
     ppo.train(ppo.Args(**FLAGS, **flags))
-    monkeypatch.setattr(ppo.Agent, "act", lambda self, obs, greedy: torch.zeros(1, dtype=torch.int64))
-    line = evaluation(capsys, eval_episodes=1, **flags)
-    assert line == "eval: mean 100000.0 std 0.0 min 100000.0 max 100000.0 (1 episodes, greedy)\n"
+    assert evaluated(**flags, eval_episodes=1, agent_class=Still).tolist() == [100_000.0]
+    line = "eval: mean 100000.0 std 0.0 min 100000.0 max 100000.0 (1 episodes, greedy)"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 @pytest.mark.parametrize("mode", ["async", "vector_entry_point"])
-def test_evaluation_in_other_modes(mode, capsys):
-    flags = {"vectorization_mode": mode, "total_timesteps": 64}
-    ppo.train(ppo.Args(**FLAGS, **flags))
-    assert "(2 episodes, greedy)" in evaluation(capsys, eval_episodes=2, **flags)
+def test_evaluation_in_other_modes(mode):
+    """It plays the episodes that it plays in this process."""
+    flags = {"total_timesteps": 64}
+    ppo.train(ppo.Args(**FLAGS, **flags, vectorization_mode=mode))
+    flags["eval_episodes"] = 2
+    returns = evaluated(**flags, vectorization_mode=mode)
+    assert len(returns) == 2
+    if mode == "async":
+        ppo.train(ppo.Args(**{**FLAGS, **flags, "run_name": "b"}))
+        assert curves("runs/b")["eval/episodic_return"] == [(64, pytest.approx(returns.mean()))]
 
 
+# --- Agents on their own, and those of other classes ----------------------------------------------
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_load_agent(env_id):
     """It acts, values and scales as the one that was trained, also after its run has moved."""
-    trained = ppo.train(ppo.Args(env_id=env_id, total_timesteps=512, vectorization_mode="async", **FLAGS))
+    flags = {"env_id": env_id, "total_timesteps": 512, "vectorization_mode": "async"}
+    trained = ppo.train(ppo.Args(**FLAGS, **flags))
     Path("runs").rename("moved")
     for path in ("moved/a", "moved/a/checkpoint.pt"):
         agent = ppo.load_agent(path)
-        state = trained.state_dict()
-        assert all(torch.equal(state[name], value) for name, value in agent.state_dict().items())
+        assert differing(trained.state_dict(), agent.state_dict()) == []
+        assert_alike(agent, trained)
         obs = torch.randn(20, *trained.obs_stats.mean.shape)
-        with torch.no_grad():
-            assert torch.equal(agent.act(obs, greedy=True), trained.act(obs, greedy=True))
-            assert torch.equal(agent(obs)[1], trained(obs)[1])
-        action = agent.to_env(agent.act(obs, greedy=True).detach().numpy())
+        action = agent.to_env(agent.act(obs, greedy=True).numpy())
         assert all(gym.make(env_id).action_space.contains(a) for a in action)
     with pytest.raises(ValueError, match="no-such-run"):
         ppo.load_agent("no-such-run")
 
 
-@pytest.mark.parametrize(("env_id", "size"), [("CartPole-v1", (400, 600)), ("Pendulum-v1", (500, 500))])
-def test_video(env_id, size, tmp_path, capsys):
-    """A file for each episode, named by the step: the first frame and one for each step, with motion."""
+def assert_alike(agent, trained):
+    """Both do the same, and value the same, in some states."""
+    obs = torch.randn(20, *trained.obs_stats.mean.shape)
+    reward = torch.randn(20)
+    assert torch.equal(agent.act(obs, greedy=True), trained.act(obs, greedy=True))
+    with torch.no_grad():
+        assert torch.equal(agent(obs)[1], trained(obs)[1])
+        assert torch.equal(agent.scale_reward(reward), trained.scale_reward(reward))
+
+
+SHARED = '''
+"""An agent whose policy and value function share their hidden layers."""
+
+from torch import nn
+
+import ppo
+
+
+class SharedTorso(ppo.Agent):
+    def __init__(self, observation_space, action_space, args):
+        super().__init__(observation_space, action_space, args)
+        sizes = [*observation_space.shape, *args.hidden_sizes]
+        self.torso = nn.Sequential(ppo.mlp(sizes, nn.Tanh, gain=2**0.5), nn.Tanh())
+        self.actor = ppo.mlp([sizes[-1], int(action_space.n)], nn.Tanh, gain=0.01)
+        self.critic = ppo.mlp([sizes[-1], 1], nn.Tanh, gain=1.0)
+
+    def features(self, obs):
+        return self.torso(super().features(obs))
+
+    def scalars(self):
+        return {"torso_norm": sum(x.square().sum().item() for x in self.torso.parameters())}
+'''
+
+
+@pytest.fixture
+def shared_torso(tmp_path, monkeypatch):
+    """The class SharedTorso, from a file of its own."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("shared").SharedTorso
+    del sys.modules["shared"]
+
+
+def test_an_agent_of_another_class_is_trained_resumed_evaluated_and_loaded(shared_torso):
+    flags = {**FLAGS, "env_id": "Match-v0", "anneal_lr": False, "learning_rate": 3e-3}
+    flags["checkpoint_interval"] = 16
+    unbroken = ppo.train(
+        ppo.Args(**{**flags, "run_name": "unbroken"}, total_timesteps=32 * 64), shared_torso
+    )
+    assert type(unbroken) is shared_torso
+    first = ppo.train(ppo.Args(**flags, total_timesteps=16 * 64), agent_class=shared_torso)
+    assert any(name.startswith("torso.") for name in saved()["agent"])
+    args = ppo.Args(**{**flags, "eval_episodes": 20}, total_timesteps=32 * 64)
+    longer = ppo.train(ppo.replace(args, resume="runs/a"), agent_class=shared_torso)
+    expected = {".args.eval_episodes", ".args.run_name"}
+    assert set(differing(saved("runs/a"), saved("runs/unbroken"))) == expected
+    assert differing(longer.state_dict(), saved()["agent"]) == []
+    changed = differing(first.torso.state_dict(), longer.torso.state_dict())
+    assert len(changed) == len(longer.torso.state_dict()), "all of it learns"
+    log = curves()
+    assert len(log["charts/torso_norm"]) == 32
+    assert len({value for _, value in log["charts/torso_norm"]}) == 32
+
+    returns = ppo.evaluate("runs/a", args, agent_class=shared_torso)
+    assert set(returns) == {1.0}, "what the observation asks for"
+    assert log["eval/episodic_return"] == [(32 * 64, 1.0)], "as after the training"
+    loaded = ppo.load_agent("runs/a", agent_class=shared_torso)
+    assert type(loaded) is shared_torso
+    assert_alike(loaded, longer)
+
+
+def test_an_agent_of_another_class_is_refused_without_it(shared_torso):
+    """And with it, where the run was not trained with it: in a sentence, with nothing written."""
+    args = ppo.Args(**FLAGS, total_timesteps=64)
+    ppo.train(args, agent_class=shared_torso)
+    ppo.train(ppo.replace(args, run_name="b"))
+    before = files("runs")
+    longer = ppo.replace(args, total_timesteps=128)
+    for name, agent_class in (("a", ppo.Agent), ("b", shared_torso)):
+        path = f"runs/{name}"
+        named = ppo.replace(longer, run_name=name)
+        for action in (
+            lambda path=path, x=agent_class: ppo.load_agent(path, agent_class=x),
+            lambda path=path, x=agent_class, args=named: ppo.evaluate(path, args, agent_class=x),
+            lambda path=path, x=agent_class, args=named: ppo.train(
+                ppo.replace(args, resume=path), agent_class=x
+            ),
+        ):
+            with pytest.raises(ppo.InputError) as refusal:
+                action()
+            sentence = str(refusal.value)
+            assert sentence.startswith(f"Cannot use {path}/checkpoint.pt: ")
+            assert re.fullmatch(r"[^\n]*[^.\n]\.", sentence)
+            assert agent_class.__name__ in sentence
+    assert files("runs") == before
+
+
+# --- Video ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("env_id", "size"), [("CartPole-v1", (400, 600)), ("Pendulum-v1", (500, 500))]
+)
+def test_video(env_id, size):
+    """A file for each episode, named by the step: the first frame and one a step, with motion."""
     flags = {"env_id": env_id, "total_timesteps": 64}
     ppo.train(ppo.Args(**FLAGS, **flags))
-    returns = []
-    line = evaluation(capsys, eval_episodes=2, capture_video=True, **flags)
+    returns = evaluated(**flags, eval_episodes=2, capture_video=True)
     videos = sorted(os.listdir("runs/a/videos"))
     assert videos == [f"step-64-episode-{episode}.mp4" for episode in (0, 1)]
+    lengths = []
     for name in videos:
         with VideoFileClip(f"runs/a/videos/{name}") as clip:
             frames = list(clip.iter_frames())
-        returns.append(len(frames) - 1)
+        lengths.append(len(frames) - 1)
         assert frames[0].shape == (*size, 3)
         assert frames[0].std() > 10, "not blank"
         assert np.abs(frames[0].astype(float) - frames[-1]).max() > 100, "something moves"
     if env_id == "CartPole-v1":
-        assert f"mean {np.mean(returns):.1f} " in line
+        assert lengths == returns.tolist()
     else:
-        assert all(199 <= length <= 200 for length in returns), "the reader may drop the last frame"
+        assert all(199 <= length <= 200 for length in lengths), "the reader may drop the last frame"
+    assert returns.tolist() == evaluated(**flags, eval_episodes=2).tolist(), "as without a film"
 
 
 @pytest.mark.parametrize(
-    ("missing", "flags", "part"),
+    ("missing", "env_id", "mode", "part"),
     [
-        ("pygame", [], "pip install"),
-        ("moviepy", [], "pip install"),
-        ("", ["--env-id", "probes:Match-v0"], "render_mode"),
+        ("pygame", "CartPole-v1", "sync", "pip install"),
+        ("moviepy", "CartPole-v1", "sync", "pip install"),
+        ("moviepy", "CartPole-v1", "async", "pip install"),
+        ("", "probes:Match-v0", "sync", "render_mode"),
     ],
 )
-def test_what_cannot_be_filmed_is_said_before_the_training(missing, flags, part, tmp_path):
+def test_what_cannot_be_filmed_is_said_when_the_evaluation_starts(
+    missing, env_id, mode, part, tmp_path, command
+):
+    """In a sentence; what was trained is there by then, and can be evaluated without a film."""
     if missing:
         (tmp_path / "fakes").mkdir()
         (tmp_path / "fakes" / f"{missing}.py").write_text("raise ModuleNotFoundError('gone')")
-    result = run(tmp_path, "--capture-video", "--total-timesteps=64", *flags, path=tmp_path / "fakes")
+    flags = ["--total-timesteps=64", "--run-name=a", "--env-id", env_id]
+    flags += ["--vectorization-mode", mode, "--num-steps=16"]
+    result = run(tmp_path, "--capture-video", *flags, path=tmp_path / "fakes")
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]
     assert line.startswith("ppo.py: ")
     assert part in line
-    assert not (tmp_path / "runs").exists()
+    last = result.stdout.splitlines()[-1]
+    assert last == "evaluate from step 64: python ppo.py --evaluate runs/a"
+    again = command("--evaluate", "runs/a", "--no-capture-video", "--eval-episodes=1")
+    assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_an_interrupt_does_not_wait_for_the_film(tmp_path):
-    """The unfinished episode is not encoded, which would take longer than anybody waits after Ctrl-C."""
-    flags = ["--env-id=probes:Film-v0", "--capture-video", "--total-timesteps=64", "--num-steps=16"]
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(PPO), *flags, "--run-name=a"], cwd=tmp_path, text=True,
-        env={**os.environ, "PYTHONPATH": str(TESTS)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    """The unfinished episode is not encoded, which would take longer than anybody waits."""
+    flags = ["--env-id=probes:Film-v0", "--capture-video", "--total-timesteps=64"]
+    process = start(tmp_path, *flags, "--num-steps=16", "--run-name=a")
     while not next(process.stdout).startswith("evaluate from"):
         pass
     while not (tmp_path / "runs/a/videos").exists():
@@ -218,12 +365,40 @@ def test_an_interrupt_does_not_wait_for_the_film(tmp_path):
     assert os.listdir(tmp_path / "runs/a/videos") == []
 
 
-def test_the_example_of_the_readme(tmp_path):
-    """The lines of Python under "Use what it has learnt" run as they stand, after the command above them."""
-    readme = (Path(ppo.__file__).parent / "README.md").read_text()
-    section = readme.split("## Use what it has learnt")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+# --- The examples of the README -------------------------------------------------------------------
+def examples(heading):
+    """The blocks of Python in a section of it."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_example_of_using_an_agent():
+    """It runs as it stands, after the command above it."""
     ppo.train(ppo.Args(run_name="cartpole", total_timesteps=512, eval_episodes=0))
+    (code,) = examples("Use what it has learnt")
     names = {}
     exec(code, names)
     assert names["action"] in (0, 1)
+
+
+def test_the_example_of_an_agent_of_ones_own(tmp_path):
+    """A file that takes the same command line, resumes, and loads what it has trained."""
+    (code,) = [code for code in examples("Fork it") if "(ppo.Agent)" in code]
+    (name,) = re.findall(r"class (\w+)\(ppo.Agent\)", code)
+    program = tmp_path / "fork.py"
+    program.write_text(code)
+    paths = f"{PPO.parent}{os.pathsep}{TESTS}"
+    for flags in (
+        ["--run-name=a", "--total-timesteps=256", "--num-steps=16"],
+        ["--resume=runs/a", "--total-timesteps=512", "--eval-episodes=1"],
+    ):
+        result = run(tmp_path, *flags, path=paths, program=program)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert saved()["global_step"] == 512
+    load = f"import fork, ppo; print(type(ppo.load_agent('runs/a', agent_class=fork.{name})))"
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-c", load]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout == f"<class 'fork.{name}'>\n", result.stderr

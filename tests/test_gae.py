@@ -10,23 +10,26 @@ import ppo
 
 
 def random_rollout(seed, T=24, N=7):
-    """Random numbers with NEXT_STEP's pattern of ends: the row after an end is a reset, with neither flag."""
+    """Random numbers with NEXT_STEP's pattern of ends: the row after one resets, without flags."""
     rng = np.random.default_rng(seed)
     terminated, truncated = rng.random((2, T, N)) < 0.25
-    terminated[0, 0] = truncated[0, 1] = terminated[0, 2] = truncated[0, 2] = True  # ends on the first row
+    for flag, n in [(terminated, 0), (truncated, 1), (terminated, 2), (truncated, 2)]:
+        flag[0, n] = True  # ends on the first row
     done = terminated | truncated
     for t in range(1, T):
         terminated[t] &= ~done[t - 1]
         done[t] &= ~done[t - 1]
-    terminated[-1, 3], done[-1, 3], done[-2, 3] = True, True, False  # ends on the last row
-    terminated[-1, 4], done[-1, 4], done[-2, 4] = False, True, False
+    done[-2, 3:5] = False  # ends on the last row
+    done[-1, 3:5] = True
+    terminated[-1, 3:5] = [True, False]
     terminated &= done
-    reward, value = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
+    reward = rng.normal(size=(T, N))
+    value = rng.normal(size=(T + 1, N))
     return reward, value, terminated, done
 
 
 def weighted_n_step_advantage(reward, value, terminated, done, gamma, lam, t):
-    """[GAE] eq. 16 by its definition, as the weighted mean of all n-step advantages within the episode."""
+    """[GAE] eq. 16 by its definition, the weighted mean of an episode's n-step advantages."""
     last = next((k for k in range(t, len(reward)) if done[k]), len(reward) - 1)
     n_step = []
     for end in range(t, last + 1):
@@ -41,16 +44,32 @@ def weighted_n_step_advantage(reward, value, terminated, done, gamma, lam, t):
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_the_definition_on_every_valid_row(seed, gamma, lam):
     reward, value, terminated, done = random_rollout(seed)
-    advantage, ret = ppo.gae(*map(torch.from_numpy, (reward, value, terminated, done)), gamma, lam)
+    advantage, target = ppo.gae(
+        *map(torch.from_numpy, (reward, value, terminated, done)), gamma, lam
+    )
     checked = 0
     for t, n in np.ndindex(reward.shape):
         if t == 0 or not done[t - 1, n]:
             row = (x[:, n] for x in (reward, value, terminated, done))
             expected = weighted_n_step_advantage(*row, gamma, lam, t)
             assert advantage[t, n].item() == pytest.approx(expected, abs=1e-10)
-            assert ret[t, n].item() == pytest.approx(expected + value[t, n], abs=1e-10)
+            assert target[t, n].item() == pytest.approx(expected + value[t, n], abs=1e-10)
             checked += 1
     assert checked > 100
+
+
+def test_what_a_reset_row_was_given_changes_no_other_row():
+    reward, value, terminated, done = random_rollout(0)
+    valid = np.ones_like(done)
+    valid[1:] = ~done[:-1]
+    other = np.where(valid, reward, 1e6)
+    results = [
+        ppo.gae(*map(torch.from_numpy, (x, value, terminated, done)), 0.9, 0.8)
+        for x in (reward, other)
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a[valid], b[valid])
+        assert not torch.equal(a, b)
 
 
 def test_terminated_wins_where_both_flags_are_set():
@@ -60,24 +79,27 @@ def test_terminated_wins_where_both_flags_are_set():
         torch.tensor([[True]]),
         torch.tensor([[True]]),
     ]
-    advantage, ret = ppo.gae(*tensors, 0.9, 0.9)
-    assert (advantage.item(), ret.item()) == (0.5, 1.0)
+    advantage, target = ppo.gae(*tensors, 0.9, 0.9)
+    assert advantage.item() == 0.5
+    assert target.item() == 1.0
 
 
 def test_equals_stable_baselines3_without_truncations():
     """There, and where an environment resets within the step of its end, both mean the same."""
     T, N, gamma, lam = 32, 3, 0.97, 0.9
     rng = np.random.default_rng(0)
-    reward, value = rng.normal(size=(T, N)).astype(np.float32), rng.normal(size=(T + 1, N)).astype(np.float32)
+    reward = rng.normal(size=(T, N)).astype(np.float32)
+    value = rng.normal(size=(T + 1, N)).astype(np.float32)
     done = rng.random((T, N)) < 0.2
     buffer = RolloutBuffer(T, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), "cpu", lam, gamma, N)
     episode_start = np.zeros(N, bool)
+    zeros = np.zeros((N, 1), np.float32)
     for t in range(T):
-        zeros = np.zeros((N, 1), np.float32)
-        buffer.add(zeros, zeros, reward[t], episode_start, torch.from_numpy(value[t]), torch.zeros(N))
+        values = torch.from_numpy(value[t])
+        buffer.add(zeros, zeros, reward[t], episode_start, values, torch.zeros(N))
         episode_start = done[t]
     buffer.compute_returns_and_advantage(torch.from_numpy(value[T]), done[T - 1])
 
-    advantage, ret = ppo.gae(*map(torch.from_numpy, (reward, value, done, done)), gamma, lam)
+    advantage, target = ppo.gae(*map(torch.from_numpy, (reward, value, done, done)), gamma, lam)
     np.testing.assert_allclose(advantage, buffer.advantages, atol=1e-5)
-    np.testing.assert_allclose(ret, buffer.returns, atol=1e-5)
+    np.testing.assert_allclose(target, buffer.returns, atol=1e-5)

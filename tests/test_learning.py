@@ -1,5 +1,6 @@
 """CartPole is learnt within a budget, and the same test fails where nothing can be learnt."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -10,14 +11,17 @@ import ppo
 def mean_return(seed, **flags):
     """Mean return of 20 greedy episodes after 100,000 steps."""
     agent = ppo.train(ppo.Args(seed=seed, total_timesteps=100_000, **flags))
-    env, returns = ppo.gym.make("CartPole-v1"), []
+    env = gym.make("CartPole-v1")
+    returns = []
     for episode in range(20):
-        obs, total, done = env.reset(seed=episode)[0], 0.0, False
+        obs, _ = env.reset(seed=episode)
+        total = 0.0
+        done = False
         while not done:
-            with torch.no_grad():
-                action = agent.act(torch.from_numpy(obs).unsqueeze(0), greedy=True).numpy()
+            action = agent.act(torch.from_numpy(obs).unsqueeze(0), greedy=True).numpy()
             obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
-            total, done = total + reward, terminated or truncated
+            total += reward
+            done = terminated or truncated
         returns.append(total)
     return np.mean(returns)
 

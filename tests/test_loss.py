@@ -28,20 +28,30 @@ class Table(nn.Module):
         return self.row_entropy
 
 
-def run(ratio, advantage, value=None, old_value=None, ret=None, **flags):
+def run(ratio, advantage, value=None, old_value=None, target=None, **flags):
+    """The agent with gradients, the loss, and the infos, for rows of these columns."""
     zeros = [0.0] * len(ratio)
     agent = Table(ratio, value or zeros)
-    columns = [zeros, zeros, zeros, old_value or zeros, advantage, ret or zeros]
-    minibatch = ppo.Minibatch(*map(torch.tensor, columns))
+    minibatch = ppo.Minibatch(
+        obs=torch.tensor(zeros),
+        action=torch.tensor(zeros),
+        logprob=torch.tensor(zeros),
+        value=torch.tensor(old_value or zeros),
+        advantage=torch.tensor(advantage),
+        target=torch.tensor(target or zeros),
+    )
+    epsilon = flags.pop("epsilon", 0.2)
     args = ppo.Args(**{"ent_coef": 0.0, "vf_coef": 0.0, "clip_coef": 0.2, **flags})
-    loss, info = ppo.ppo_loss(agent, minibatch, args, args.clip_coef)
+    loss, info = ppo.ppo_loss(agent, minibatch, args, epsilon)
     loss.backward()
+    assert not any(x.requires_grad for x in info.values())
     return agent, loss.item(), {name: x.item() for name, x in info.items()}
 
 
 RATIO = [1.5, 0.5, 0.5, 1.5, 1.1]
 ADVANTAGE = [1.0, 1.0, -1.0, -2.0, 3.0]
-# min(r A, clip(r) A): 1.2 (clipped), 0.5, -0.8 (clipped), -3.0, 3.3. Of r A, the gradient by log r is r A.
+# min(r A, clip(r) A): 1.2 (clipped), 0.5, -0.8 (clipped), -3.0, 3.3. The gradient of r A by log r
+# is r A itself.
 SURROGATE = [1.2, 0.5, -0.8, -3.0, 3.3]
 GRADIENT = [0.0, 0.5, 0.0, -3.0, 3.3]
 
@@ -55,7 +65,7 @@ def test_clipped_surrogate():
 
 
 def test_dual_clip_bounds_only_negative_advantages():
-    # With c = 1.25 the fourth row is max(-3.0, 1.25 x -2) = -2.5 and has no gradient; the others stay.
+    # With c = 1.25 the fourth row is max(-3.0, 1.25 x -2) = -2.5 and has no gradient.
     agent, loss, _ = run(RATIO, ADVANTAGE, dual_clip=1.25)
     assert loss == pytest.approx(-(1.2 + 0.5 - 0.8 - 2.5 + 3.3) / 5)
     assert agent.logprob.grad.tolist() == pytest.approx([0.0, -0.1, 0.0, 0.0, -0.66])
@@ -69,35 +79,54 @@ def test_kl_estimates():
     assert info["approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in RATIO) / 5)
 
 
-VALUE, OLD_VALUE, RETURN = [0.5, 0.1, -0.5, 1.4], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.3]
+VALUES = {
+    "value": [0.5, 0.1, -0.5, 1.4],
+    "old_value": [0.0, 0.0, 0.0, 1.0],
+    "target": [1.0, 1.0, 1.0, 1.3],
+}
+ONES = [1.0] * 4
+NONE = [0.0] * 4
 
 
 def test_value_loss_takes_the_larger_of_both_errors():
-    # Values clipped to 0.2 from the old ones: 0.2, 0.1, -0.2, 1.2. Errors plain: .25, .81, 2.25, .01;
-    # clipped: .64, .81, 1.44, .01. The larger: clipped (no gradient), either, plain, either.
-    agent, loss, info = run([1.0] * 4, [0.0] * 4, VALUE, OLD_VALUE, RETURN, vf_coef=1.0)
+    # Values clipped to 0.2 from the old ones: 0.2, 0.1, -0.2, 1.2. Errors plain: .25, .81, 2.25,
+    # .01; clipped: .64, .81, 1.44, .01. The larger: clipped (no gradient), either, plain, either.
+    agent, loss, info = run(ONES, NONE, vf_coef=1.0, **VALUES)
     assert info["value_loss"] == pytest.approx(0.5 * (0.64 + 0.81 + 2.25 + 0.01) / 4)
     assert loss == pytest.approx(info["value_loss"])
-    assert agent.value.grad[:3].tolist() == pytest.approx([0.0, (0.1 - 1) / 4, (-0.5 - 1) / 4])
+    gradient = agent.value.grad[:3].tolist()
+    assert gradient == pytest.approx([0.0, (0.1 - 1) / 4, (-0.5 - 1) / 4])
 
 
 def test_value_loss_unclipped_and_weighted():
-    agent, loss, _ = run([1.0] * 4, [0.0] * 4, VALUE, OLD_VALUE, RETURN, vf_coef=0.5, clip_vloss=False)
+    agent, loss, _ = run(ONES, NONE, vf_coef=0.5, clip_vloss=False, **VALUES)
     assert loss == pytest.approx(0.5 * 0.5 * (0.25 + 0.81 + 2.25 + 0.01) / 4)
-    assert agent.value.grad.tolist() == pytest.approx(
-        [0.5 * (v - r) / 4 for v, r in zip(VALUE, RETURN, strict=True)]
-    )
+    errors = [v - x for v, x in zip(VALUES["value"], VALUES["target"], strict=True)]
+    assert agent.value.grad.tolist() == pytest.approx([0.5 * error / 4 for error in errors])
 
 
 def test_entropy_is_a_bonus():
-    agent, loss, info = run([1.0] * 4, [0.0] * 4, ent_coef=0.01)
-    assert (loss, info["entropy"]) == (pytest.approx(-0.007), pytest.approx(0.7))
+    agent, loss, info = run(ONES, NONE, ent_coef=0.01)
+    assert loss == pytest.approx(-0.007)
+    assert info["entropy"] == pytest.approx(0.7)
     assert agent.row_entropy.grad.tolist() == pytest.approx([-0.0025] * 4)
 
 
-def test_clip_coef_is_the_argument_and_not_the_flag():
-    """It may be annealed: the ratio is clipped at 1.05, and the value, which should rise by 1, at 0.05."""
-    agent, columns = Table([1.5], [1.0]), [[0.0]] * 4 + [[1.0], [1.0]]
-    args = ppo.Args(clip_coef=0.2, vf_coef=1.0, ent_coef=0.0)
-    loss, _ = ppo.ppo_loss(agent, ppo.Minibatch(*map(torch.tensor, columns)), args, 0.05)
-    assert loss.item() == pytest.approx(-1.05 + 0.5 * 0.95**2)
+def test_the_parts_are_added():
+    """An advantage of 2, a value that is 1 too small, and an entropy of 0.7, each weighted."""
+    _, loss, info = run([1.0], [2.0], [1.0], [1.0], [2.0], vf_coef=0.25, ent_coef=0.1)
+    assert info["policy_loss"] == pytest.approx(-2)
+    assert info["value_loss"] == pytest.approx(0.5)
+    assert loss == pytest.approx(-2 + 0.25 * 0.5 - 0.1 * 0.7)
+
+
+def test_the_clipping_is_by_epsilon_and_not_by_the_flag():
+    """It may be annealed: the ratio is clipped at 1.05, and the value, which should rise by 1."""
+    columns = {"value": [1.0], "old_value": [0.0], "target": [1.0]}
+    _, loss, info = run([1.5], [1.0], epsilon=0.05, clip_coef=0.2, vf_coef=1.0, **columns)
+    assert loss == pytest.approx(-1.05 + 0.5 * 0.95**2)
+    assert info["clipfrac"] == 1
+    _, _, info = run([1.1], [1.0], epsilon=0.05)
+    assert info["clipfrac"] == 1
+    _, _, info = run([1.1], [1.0], epsilon=0.15, clip_coef=0.05)
+    assert info["clipfrac"] == 0

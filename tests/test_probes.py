@@ -64,13 +64,12 @@ def test_time_limits_do_not_end_the_value():
     assert value(learn("Forever-v0", steps=60_000, gamma=0.9), 0) == pytest.approx(10, abs=0.3)
 
 
-def test_time_limits_taken_for_terminations_would(monkeypatch):
-    """Negative control: as the observation does not tell the time, V is the mean over 10, 9, ... 1 to go."""
-    original = ppo.gae
-    monkeypatch.setattr(
-        ppo, "gae", lambda reward, value, terminated, done, *rest: original(reward, value, done, done, *rest)
-    )
-    agent = learn("Forever-v0", steps=60_000, gamma=0.9, gae_lambda=1.0)
+def test_terminations_do():
+    """The same, but for real ends: as no observation tells the time, V is a mean over it.
+
+    Were time limits taken for these, Forever's value would be this one.
+    """
+    agent = learn("Expiring-v0", steps=60_000, gamma=0.9, gae_lambda=1.0)
     expected = np.mean([(1 - 0.9**n) / (1 - 0.9) for n in range(1, 11)])
     assert expected == pytest.approx(4.14, abs=0.01)
     assert value(agent, 0) == pytest.approx(expected, abs=0.6)

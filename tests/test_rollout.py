@@ -1,48 +1,72 @@
-"""What reaches the loss: every real transition and no reset, bootstrapped from where it led to."""
+"""Rollouts and minibatches: every transition and no reset, bootstrapped from where it led to."""
 
 import copy
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
+import pieces
 import probes
 import pytest
 import torch
 
 import ppo
 
-FLAGS = {"num_envs": 3, "num_steps": 16, "norm_obs": False, "norm_reward": False, "norm_adv": False}
+RAW = {"norm_obs": False, "norm_reward": False, "norm_adv": False}
+FLAGS = {"num_envs": 3, "num_steps": 16, **RAW}
+TERMINATED = ("terminated", "both")
+TRUNCATED = ("truncated", "both")
 
 
-@pytest.fixture
-def valuings(monkeypatch):
-    """(agent as it was, obs, action) of every call of logprob_and_value while the test trains."""
-    calls, original = [], ppo.logprob_and_value
+class Account:
+    """The rewards of one environment's episode so far, and what a row should hold of them."""
 
-    def logprob_and_value(agent, obs, action):
-        calls.append((copy.deepcopy(agent), obs.clone(), action.clone()))
-        return original(agent, obs, action)
+    def __init__(self):
+        self.rewards = []
 
-    monkeypatch.setattr(ppo, "logprob_and_value", logprob_and_value)
-    return calls
+    def enter(self, kind, reward):
+        """The discounted return, return and length up to a row that ended as `kind` says.
+
+        It is None where the row only reset.
+        """
+        self.rewards = [] if kind is None else [*self.rewards, reward]
+        age = len(self.rewards)
+        discounted = sum(0.9 ** (age - 1 - i) * r for i, r in enumerate(self.rewards))
+        return discounted, sum(self.rewards), age
 
 
-def follow(obs, rewards, kinds, next_obs, agent, args):
-    """Lambda returns of one environment's rows, from the last to the first, each in its own episode.
+def check_rollout(rollout, kinds, rewards, accounts):
+    """Compare a rollout with how each row (T, N) ended, None for a reset, and what it gave."""
+    for t, n in np.ndindex(rollout.reward.shape):
+        kind = kinds[t][n]
+        assert rollout.valid[t, n].item() == (kind is not None)
+        assert rollout.terminated[t, n].item() == (kind in TERMINATED)
+        assert rollout.done[t, n].item() == (kind in TERMINATED + TRUNCATED)
+        assert rollout.reward[t, n].item() == pytest.approx(rewards[t][n], abs=1e-6)
+        discounted, total, age = accounts[n].enter(kind, rewards[t][n])
+        assert rollout.discounted_return[t, n].item() == pytest.approx(discounted, abs=1e-6)
+        assert rollout.episode_return[t, n].item() == pytest.approx(total, abs=1e-6)
+        assert rollout.episode_length[t, n].item() == age
+
+
+@torch.no_grad()
+def lambda_returns(obs, rewards, kinds, next_obs, agent, args):
+    """Lambda returns and values of one environment's rows, from the last to the first.
 
     Where a row only reset the environment, kinds is None, and so is its return.
     """
-    with torch.no_grad():
-        value = agent(torch.as_tensor(np.array(obs), dtype=torch.float32))[1].double().numpy()
-        next_value = agent(torch.as_tensor(np.array(next_obs), dtype=torch.float32))[1].double().numpy()
-    returns, following = [None] * len(obs), None
+    value = agent(torch.as_tensor(np.array(obs), dtype=torch.float32))[1].tolist()
+    next_value = agent(torch.as_tensor(np.array(next_obs), dtype=torch.float32))[1].tolist()
+    returns = [None] * len(obs)
+    following = None
     for t in reversed(range(len(obs))):
         if kinds[t] is None:
             following = None
             continue
-        if kinds[t] in ("terminated", "both"):
+        if kinds[t] in TERMINATED:
             returns[t] = rewards[t]
-        elif kinds[t] == "truncated" or following is None:
+        elif kinds[t] in TRUNCATED or following is None:
             returns[t] = rewards[t] + args.gamma * next_value[t]
         else:
             mixed = (1 - args.gae_lambda) * next_value[t] + args.gae_lambda * following
@@ -51,192 +75,321 @@ def follow(obs, rewards, kinds, next_obs, agent, args):
     return returns, value
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_counting_environment(mode, updates, valuings):
-    iterations = 3
-    args = ppo.Args(
-        env_id="Counting-v0",
-        vectorization_mode=mode,
-        total_timesteps=3 * 16 * iterations,
-        update_epochs=1,
-        **FLAGS,
-    )
-    ppo.train(args)
-    Env = probes.Counting
-    expected = {}  # obs of every real transition -> its return and value
-    names = valuings[0][1][0, :, 0].tolist()
-    assert len(set(names)) == 3
-    state = dict.fromkeys(names, (0, 0))  # episode and step
-    for agent, stored_obs, _ in valuings:
-        for n, name in enumerate(names):
-            obs, rewards, kinds, next_obs = [], [], [], []
-            for t in range(args.num_steps):
-                episode, step = state[name]
-                assert stored_obs[t, n].tolist() == [name, episode, step]
-                length = Env.LENGTHS[episode % 5]
-                obs.append((name, episode, step))
-                if step == length:  # the final observation: this row resets
-                    state[name] = (episode + 1, 0)
-                    kinds.append(None)
-                else:
-                    state[name] = (episode, step + 1)
-                    kinds.append(Env.ENDS[episode % 3] if step + 1 == length else "")
-                next_obs.append((name, *state[name]))
-                rewards.append(Env.reward(episode, step + 1))
-            returns, values = follow(obs, rewards, kinds, next_obs, agent, args)
-            for row in zip(obs, returns, values, strict=True):
-                if row[1] is not None:
-                    expected[row[0]] = row[1:]
+def check_batch(batch, rollout, kinds, rewards, next_obs, agent, args):
+    """Compare a batch with lambda returns by hand; every real transition is in it, once."""
+    expected = {}
+    for n in range(args.num_envs):
+        obs = rollout.obs[:-1, n].numpy()
+        column = (
+            [row[n] for row in rewards],
+            [row[n] for row in kinds],
+            [row[n] for row in next_obs],
+        )
+        returns, value = lambda_returns(obs, *column, agent, args)
+        for t in range(args.num_steps):
+            if returns[t] is not None:
+                action = rollout.action[t, n].item()
+                expected[obs[t].tobytes()] = (returns[t], value[t], action)
+    assert sorted(row.numpy().tobytes() for row in batch.obs) == sorted(expected)
+    for i, row in enumerate(batch.obs):
+        target, value, action = expected[row.numpy().tobytes()]
+        assert batch.target[i].item() == pytest.approx(target, abs=1e-4)
+        assert batch.value[i].item() == pytest.approx(value, abs=1e-5)
+        assert batch.advantage[i].item() == pytest.approx(target - value, abs=1e-4)
+        assert batch.action[i].item() == action
+    with torch.no_grad():
+        logprob = agent(batch.obs)[0].log_prob(batch.action)
+    torch.testing.assert_close(batch.logprob, logprob)
 
-    seen = Counter()
-    for minibatch, _, _ in updates:
-        for obs, ret, value, adv in zip(
-            minibatch.obs, minibatch.ret, minibatch.value, minibatch.advantage, strict=True
-        ):
-            key = tuple(obs.tolist())
-            seen[key] += 1
-            assert key in expected, "a reset reached the loss"
-            assert ret.item() == pytest.approx(expected[key][0], abs=1e-5)
-            assert value.item() == pytest.approx(expected[key][1], abs=1e-5)
-            assert adv.item() == pytest.approx(expected[key][0] - expected[key][1], abs=1e-5)
-    assert set(seen) == set(expected)
-    assert set(seen.values()) == {1}
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_counting_environment(mode):
+    """Over three rollouts, between which the agent changes and the episodes go on."""
+    args = ppo.Args(
+        env_id="Counting-v0", vectorization_mode=mode, gamma=0.9, learning_rate=1e-2, **FLAGS
+    )
+    Env = probes.Counting
+    accounts = [Account() for _ in range(3)]
+    position = [(0, 0)] * 3  # episode and step of each environment
+    ends = Counter()
+    with pieces.learner(args) as learner:
+        names = learner.state.obs[:, 0].tolist()
+        assert len(set(names)) == 3
+        for _ in range(3):
+            rollout = learner.collect()
+            kinds, rewards, next_obs = [], [], []
+            for t in range(args.num_steps):
+                assert rollout.obs[t].tolist() == [[names[n], *position[n]] for n in range(3)]
+                kinds.append([])
+                rewards.append([])
+                for n, (episode, step) in enumerate(position):
+                    length = Env.LENGTHS[episode % 5]
+                    if step == length:  # the final observation: this row resets
+                        kinds[t].append(None)
+                        rewards[t].append(0.0)
+                        position[n] = (episode + 1, 0)
+                    else:
+                        last = step + 1 == length
+                        kinds[t].append(Env.ENDS[episode % 3] if last else "")
+                        rewards[t].append(Env.reward(episode, step + 1))
+                        position[n] = (episode, step + 1)
+                next_obs.append([(names[n], *position[n]) for n in range(3)])
+                ends.update(kinds[t])
+            assert rollout.obs[-1].tolist() == [list(x) for x in next_obs[-1]]
+            check_rollout(rollout, kinds, rewards, accounts)
+            batch = learner.estimate(rollout)
+            check_batch(batch, rollout, kinds, rewards, next_obs, learner.agent, args)
+            learner.update(rollout, batch)
+    assert set(ends) == {None, "", "terminated", "truncated", "both"}
 
 
 def cartpole_dynamics(obs, action):
     """The next state of CartPole, from its equations of motion."""
-    x, x_dot, theta, theta_dot = obs
-    force, cos, sin = (10.0 if action == 1 else -10.0), np.cos(theta), np.sin(theta)
+    _, x_dot, theta, theta_dot = obs
+    force = 10.0 if action == 1 else -10.0
+    cos = np.cos(theta)
+    sin = np.sin(theta)
     temp = (force + 0.05 * theta_dot**2 * sin) / 1.1
     theta_acc = (9.8 * sin - cos * temp) / (0.5 * (4 / 3 - 0.1 * cos**2 / 1.1))
     x_acc = temp - 0.05 * theta_acc * cos / 1.1
-    return np.array(
-        [x + 0.02 * x_dot, x_dot + 0.02 * x_acc, theta + 0.02 * theta_dot, theta_dot + 0.02 * theta_acc]
-    )
+    change = np.array([x_dot, x_acc, theta_dot, theta_acc])
+    return obs + 0.02 * change
 
 
-def test_cartpole_vector_entry_point(updates, valuings):
-    """With a limit of 12 steps some episodes fall before it and most are cut by it."""
+@pytest.mark.parametrize("mode", ["sync", "vector_entry_point"])
+def test_cartpole(mode):
+    """With a limit of 18 steps some episodes fall before it and others are cut by it."""
     args = ppo.Args(
-        env_id="CartPole-v1",
-        env_kwargs={"max_episode_steps": 12},
-        vectorization_mode="vector_entry_point",
-        total_timesteps=3 * 64 * 2,
-        update_epochs=1,
+        env_kwargs={"max_episode_steps": 18},
+        vectorization_mode=mode,
+        gamma=0.9,
         num_envs=3,
-        num_steps=64,
-        **{k: v for k, v in FLAGS.items() if k.startswith("norm")},
+        num_steps=127,
+        **RAW,
     )
-    ppo.train(args)
-    expected, ends = {}, Counter()
-    age = [0, 0, 0]
-    for agent, obs, action in valuings:
-        obs, action = obs.numpy(), action.numpy()
-        for n in range(3):
-            kinds, nexts = [], []
+    accounts = [Account() for _ in range(3)]
+    age = [0] * 3  # None where the next row resets
+    ends = Counter()
+    with pieces.learner(args) as learner:
+        for _ in range(2):
+            rollout = learner.collect()
+            obs = rollout.obs.double().numpy()
+            kinds, rewards, next_obs = [], [], []
             for t in range(args.num_steps):
-                if age[n] is None:  # this row resets
-                    assert np.abs(obs[t + 1, n]).max() <= 0.05
-                    kinds.append(None)
-                    nexts.append(obs[t + 1, n])
-                    age[n] = 0
-                    continue
-                nexts.append(cartpole_dynamics(obs[t, n], action[t, n]))
-                np.testing.assert_allclose(obs[t + 1, n], nexts[-1], atol=1e-5)
-                age[n] += 1
-                fallen = abs(nexts[-1][2]) > 12 * 2 * np.pi / 360
-                kinds.append("terminated" if fallen else "truncated" if age[n] == 12 else "")
-                ends[kinds[-1]] += 1
-                age[n] = None if kinds[-1] else age[n]
-            returns, _ = follow(obs[:-1, n], np.ones(args.num_steps), kinds, nexts, agent, args)
-            expected |= {obs[t, n].tobytes(): ret for t, ret in enumerate(returns) if ret is not None}
+                kinds.append([])
+                rewards.append([])
+                next_obs.append([])
+                for n in range(3):
+                    if age[n] is None:
+                        assert np.abs(obs[t + 1, n]).max() <= 0.05
+                        kinds[t].append(None)
+                        rewards[t].append(0.0)
+                        next_obs[t].append(obs[t + 1, n])
+                        age[n] = 0
+                        continue
+                    led_to = cartpole_dynamics(obs[t, n], rollout.action[t, n].item())
+                    np.testing.assert_allclose(obs[t + 1, n], led_to, atol=1e-5)
+                    age[n] += 1
+                    fallen = abs(led_to[2]) > 12 * 2 * np.pi / 360
+                    kind = "terminated" if fallen else ""
+                    if age[n] == 18:
+                        kind = "both" if fallen else "truncated"
+                    kinds[t].append(kind)
+                    rewards[t].append(1.0)
+                    next_obs[t].append(led_to)
+                    if kind:
+                        age[n] = None
+                ends.update(kinds[t])
+            check_rollout(rollout, kinds, rewards, accounts)
+            batch = learner.estimate(rollout)
+            check_batch(batch, rollout, kinds, rewards, next_obs, learner.agent, args)
     assert ends["terminated"] > 0
     assert ends["truncated"] > 0
-    rows = [row for minibatch, _, _ in updates for row in zip(minibatch.obs, minibatch.ret, strict=True)]
-    assert sorted(obs.numpy().tobytes() for obs, _ in rows) == sorted(expected)
-    for obs, ret in rows:
-        assert ret.item() == pytest.approx(expected[obs.numpy().tobytes()], abs=1e-4)
+
+
+def test_a_rollout_only_acts():
+    """One batch of N observations a step goes through the policy, and nothing through the rest."""
+    args = ppo.Args(env_id="Counting-v0", **FLAGS)
+    with pieces.learner(args, pieces.Recording) as learner:
+        rollout = learner.collect()
+        assert len(learner.agent.acted) == args.num_steps
+        assert torch.equal(torch.stack(learner.agent.acted), rollout.obs[:-1])
+        assert learner.agent.valued == learner.agent.learnt == []
+
+
+def test_no_reset_reaches_the_loss_of_a_whole_run():
+    """Counting's observations are (environment, episode, step); at its length a row only resets."""
+    args = ppo.Args(env_id="Counting-v0", total_timesteps=96, update_epochs=2, **FLAGS)
+    agent = ppo.train(args, agent_class=pieces.Recording)
+    learnt = Counter(tuple(row) for obs in agent.learnt for row in obs.tolist())
+    lengths = probes.Counting.LENGTHS
+    # The 32 rows of an environment are episodes of 3, 1, 4, 2, 7, 3 and 1 steps, a reset after
+    # each, and four steps of the next.
+    counted = [(e, t) for e in range(7) for t in range(lengths[e % 5])] + [(7, t) for t in range(4)]
+    names = {name for name, _, _ in learnt}
+    assert set(learnt) == {(name, *row) for name in names for row in counted}
+    assert len(names) == 3
+    assert set(learnt.values()) == {2}, "once an epoch"
+
+
+def indexed_batch(rows):
+    """A batch whose k-th field is k + 1 times the row's index."""
+    index = torch.arange(rows)
+    fields = range(1, len(ppo.Minibatch._fields) + 1)
+    return ppo.Minibatch._make(index * k for k in fields)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(12, 1), (12, 4), (37, 3), (37, 5), (38, 7), (8, 4)])
+def test_minibatches_have_every_row_once(rows, count):
+    generator = torch.Generator().manual_seed(0)
+    parts = list(ppo.minibatches(indexed_batch(rows), count, generator))
+    assert len(parts) == count
+    sizes = [len(part.obs) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert sorted(torch.cat([part.obs for part in parts]).tolist()) == list(range(rows))
+    for part in parts:
+        for k, field in enumerate(part, start=1):
+            assert torch.equal(field, k * part.obs), "fields of a row stay together"
+
+
+def test_minibatches_keep_shapes_and_types():
+    batch = ppo.Minibatch(
+        obs=torch.randn(10, 2, 3),
+        action=torch.arange(20).view(10, 2),
+        logprob=torch.arange(10.0),
+        value=torch.arange(10.0),
+        advantage=torch.arange(10.0),
+        target=torch.arange(10.0),
+    )
+    for part in ppo.minibatches(batch, 4, torch.Generator()):
+        rows = part.target.long()
+        for field, whole in zip(part, batch, strict=True):
+            assert field.dtype == whole.dtype
+            assert torch.equal(field, whole[rows])
+
+
+def test_minibatches_are_drawn_from_the_generator():
+    """The same from the same seed, anew each time, and without the global generator."""
+
+    def order(generator):
+        parts = ppo.minibatches(indexed_batch(100), 4, generator)
+        return torch.cat([part.obs for part in parts]).tolist()
+
+    before = torch.random.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    first = order(generator)
+    second = order(generator)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(0)
+    generator.manual_seed(3)
+    assert order(generator) == first
+    assert order(generator) == second
+    assert list(range(100)) != first != second
+    assert order(generator.manual_seed(4)) != first
 
 
 @pytest.mark.parametrize("num_minibatches", [1, 3, 5, 7])
-def test_every_valid_row_once_an_epoch(num_minibatches, updates):
-    """Uneven parts, whatever the numbers; 3 x 15 rows less the resets is not divisible by most of these."""
+def test_every_valid_row_once_an_epoch(num_minibatches):
+    """In 4 epochs, shuffled anew for each; 3 x 15 rows less the resets are seldom divisible."""
     args = ppo.Args(
         env_id="Counting-v0",
-        total_timesteps=45,
         num_minibatches=num_minibatches,
         update_epochs=4,
         **{**FLAGS, "num_steps": 15},
     )
-    ppo.train(args)
-    assert len(updates) == 4 * num_minibatches
-    rows = [[tuple(obs.tolist()) for obs in minibatch.obs] for minibatch, _, _ in updates]
-    sizes = [len(part) for part in rows]
+    with pieces.learner(args, pieces.Recording) as learner:
+        rollout = learner.collect()
+        learner.update(rollout, learner.estimate(rollout))
+    learnt = [[tuple(row) for row in obs.tolist()] for obs in learner.agent.learnt]
+    assert len(learnt) == 4 * num_minibatches
+    sizes = [len(part) for part in learnt]
     assert max(sizes) - min(sizes) <= 1
-    starts = range(0, len(rows), num_minibatches)
-    epochs = [list(itertools.chain(*rows[i : i + num_minibatches])) for i in starts]
+    starts = range(0, len(learnt), num_minibatches)
+    epochs = [list(itertools.chain(*learnt[i : i + num_minibatches])) for i in starts]
+    valid = [tuple(row) for row in rollout.obs[:-1][rollout.valid].tolist()]
+    assert len(set(valid)) == len(valid)
     for epoch in epochs:
-        assert sorted(epoch) == sorted(set(epochs[0]))
-    if num_minibatches > 1:
-        assert epochs[0] != epochs[1], "epochs are shuffled anew"
+        assert sorted(epoch) == sorted(valid)
+    assert epochs[0] != epochs[1]
 
 
-def test_smallest_minibatches_have_two_rows_and_stay_finite(updates):
-    """One-step episodes, where every second row is a reset: 2 x (5 // 2) = 4 rows for 2 minibatches."""
-    args = ppo.Args(env_id="Choice-v0", total_timesteps=100, num_envs=2, num_steps=5, num_minibatches=2)
-    agent = ppo.train(args)
-    assert min(len(minibatch.obs) for minibatch, _, _ in updates) == 2
+def test_smallest_minibatches_have_two_rows_and_stay_finite():
+    """One-step episodes, where every second row is a reset: 2 x 2 rows in 2 minibatches."""
+    args = ppo.Args(
+        env_id="Choice-v0", total_timesteps=100, num_envs=2, num_steps=5, num_minibatches=2
+    )
+    agent = ppo.train(args, agent_class=pieces.Recording)
+    assert min(len(obs) for obs in agent.learnt) == 2
     assert all(x.isfinite().all() for x in agent.state_dict().values())
+    with pytest.raises(ppo.InputError, match="two rows"):
+        ppo.train(replace(args, num_minibatches=3))
 
 
 def test_values_come_in_chunks_of_the_whole():
-    """5,001 x 2 rows are three chunks of 4,096; the same by one pass over all of them."""
+    """5,001 x 2 rows, by parts of them and by one pass over all."""
     torch.manual_seed(0)
-    space = ppo.spaces.Box(-1, 1, (2,))
-    agent = ppo.Agent(space, ppo.spaces.Discrete(3), ppo.Args(norm_obs=False))
-    obs, action = torch.randn(5002, 2, 2), torch.randint(3, (5001, 2))
-    logprob, value = ppo.logprob_and_value(agent, obs, action)
+    T = 5001
+    args = ppo.Args(**RAW)
+    agent = pieces.Recording(ppo.spaces.Box(-1, 1, (2,)), ppo.spaces.Discrete(3), args)
+    zeros = torch.zeros(T, 2)
+    rollout = ppo.Rollout(
+        obs=torch.randn(T + 1, 2, 2),
+        action=torch.randint(3, (T, 2)),
+        reward=torch.randn(T, 2),
+        terminated=zeros.bool(),
+        done=zeros.bool(),
+        valid=zeros == 0,
+        discounted_return=zeros,
+        episode_return=zeros,
+        episode_length=zeros,
+    )
+    batch = ppo.estimate_advantages(agent, rollout, args)
+    assert max(len(obs) for obs in agent.valued) <= 4096
     with torch.no_grad():
-        dist, expected_value = agent(obs.flatten(0, 1))
-        expected_logprob = dist.log_prob(torch.cat([action, action[:1]]).flatten()).view(5002, 2)[:-1]
-    torch.testing.assert_close(value, expected_value.view(5002, 2))
-    torch.testing.assert_close(logprob, expected_logprob)
+        dist, value = agent(rollout.obs.flatten(0, 1))
+        logprob = dist._replace(logp=dist.logp[:-2]).log_prob(rollout.action.flatten())
+    value = value.view(T + 1, 2)
+    torch.testing.assert_close(batch.value, value[:-1].flatten())
+    torch.testing.assert_close(batch.logprob, logprob)
+    last = rollout.reward[-1] + args.gamma * value[-1]
+    torch.testing.assert_close(batch.target[-2:], last)
+    assert not any(x.requires_grad for x in batch)
 
 
 @pytest.mark.parametrize("norm_reward", [False, True])
-def test_recomputed_advantages_are_of_the_same_rewards(norm_reward, monkeypatch):
-    rewards, original = [], ppo.gae
-    monkeypatch.setattr(ppo, "gae", lambda *args: rewards.append(args[0].clone()) or original(*args))
-    flags = {**FLAGS, "norm_reward": norm_reward}
-    ppo.train(
-        ppo.Args(
-            env_id="Counting-v0", total_timesteps=48, update_epochs=3, recompute_advantages=True, **flags
-        )
+def test_recomputed_advantages(norm_reward):
+    """Before each further epoch the rollout is valued anew; the old log-probabilities stay."""
+    args = ppo.Args(
+        env_id="Counting-v0", learning_rate=1e-2, **{**FLAGS, "norm_reward": norm_reward}
     )
-    assert len(rewards) == 3
-    assert all(torch.equal(reward, rewards[0]) for reward in rewards)
+    with pieces.learner(args) as learner:
+        rollout = learner.collect()
+    if norm_reward:
+        learner.agent.return_stats.update(rollout.discounted_return[rollout.valid])
+    batch = learner.estimate(rollout)
 
+    def three_epochs(choose):
+        """Three updates of one epoch; `choose` makes the later batches of what is valued anew."""
+        other = learner.copy()
+        infos = other.update(rollout, batch, update_epochs=1)
+        for _ in range(2):
+            chosen = choose(other.estimate(rollout))
+            infos += other.update(rollout, chosen, update_epochs=1)
+        return infos
 
-def test_recomputed_advantages(updates):
-    """Before each further epoch values and returns are computed anew; the old log-probabilities stay."""
-
-    def by_row(epoch, field):
-        minibatch = updates[epoch][0]
-        rows = zip(minibatch.obs, getattr(minibatch, field), strict=True)
-        return {tuple(obs.tolist()): x.item() for obs, x in rows}
-
-    flags = {
-        "env_id": "Counting-v0",
-        "total_timesteps": 48,
-        "num_minibatches": 1,
-        "update_epochs": 3,
-        **FLAGS,
-    }
-    ppo.train(ppo.Args(recompute_advantages=True, learning_rate=1e-2, **flags))
-    for field, stays in [("logprob", True), ("value", False), ("ret", False), ("advantage", False)]:
-        assert (by_row(0, field) == by_row(1, field)) is stays
-        assert (by_row(1, field) == by_row(2, field)) is stays
-    updates.clear()
-    ppo.train(ppo.Args(recompute_advantages=False, learning_rate=1e-2, **flags))
-    for field in ("logprob", "value", "ret", "advantage"):
-        assert by_row(0, field) == by_row(2, field)
+    expected = three_epochs(lambda new: new._replace(logprob=batch.logprob))
+    wrong = [
+        three_epochs(lambda new: new),
+        three_epochs(lambda new: batch),
+        three_epochs(lambda new: batch._replace(value=new.value)),
+        three_epochs(lambda new: new._replace(logprob=batch.logprob, value=batch.value)),
+    ]
+    assert expected not in wrong, "the test can tell them apart"
+    stats = copy.deepcopy(learner.agent.return_stats)
+    infos = learner.copy().update(rollout, batch, update_epochs=3, recompute_advantages=True)
+    assert infos == expected
+    infos = learner.copy().update(rollout, batch, update_epochs=3, recompute_advantages=False)
+    assert infos == wrong[1]
+    infos = learner.update(rollout, batch, update_epochs=3, recompute_advantages=True)
+    if norm_reward:
+        assert stats.state_dict() == learner.agent.return_stats.state_dict(), "the same rewards"

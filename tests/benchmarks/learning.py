@@ -1,16 +1,18 @@
-"""How well ppo.py learns: environments x seeds, each a run of the command line, their curves and a table.
+"""How well ppo.py learns: environments x seeds, each a run of the command line, their curves and
+a table.
 
-    python tests/benchmarks/learning.py                               # all that runs/benchmark/ lacks
-    python tests/benchmarks/learning.py --only CartPole-v1 --seeds 1  # some of it
-    python tests/benchmarks/learning.py --folder runs/mine            # all of it again, elsewhere
-    python tests/benchmarks/learning.py --folder runs/try --only Ant-v5 --seeds 11 --flags="--log-std-init -2"
+    python tests/benchmarks/learning.py                           # all that runs/benchmark/ lacks
+    python tests/benchmarks/learning.py --only Ant-v5 --seeds 1   # some of it
+    python tests/benchmarks/learning.py --folder runs/mine        # all of it again, elsewhere
+    python tests/benchmarks/learning.py --folder runs/try --only Ant-v5 --flags="--num-steps 64"
 
-It may be interrupted and called again: a finished run is a line of results.csv, and is repeated only if its
-flags here or its preset have changed, or that line is taken out (as after another change of ppo.py). In the
-folder are results.csv (a line a run), <environment>.csv (the learning curves), table.md and curves.png. The
-training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes; seconds
-and steps per second are of the whole command, imports and evaluation included, with as many other runs beside
-it as --processes says. The table and the picture show the runs with the flags and presets of now.
+It may be interrupted and called again: a finished run is a line of results.csv, and is repeated
+only if its flags here or its preset have changed, or that line is taken out (as after another
+change of ppo.py). In the folder are results.csv (a line a run), <environment>.csv (the learning
+curves), table.md and curves.png. The training return is the mean over the last 100 episodes, the
+evaluation that of 100 greedy episodes; seconds and steps per second are of the whole command,
+imports and evaluation included, with as many other runs beside it as --processes says. The table
+and the picture show the runs with the flags and presets of now.
 """
 
 import argparse
@@ -53,9 +55,9 @@ FLAGS = {  # beside --env-id and --seed
     "Walker2d-v5": "",
     "Ant-v5": "",
 }
-# Published returns, with their spread over seeds: of CleanRL and baselines in training, of rl-zoo3 the greedy
-# evaluation of one tuned agent, of Tianshou the best evaluation within 1 million steps. MuJoCo was that of
-# -v2 to -v4, LunarLander -v2. The README has the sources.
+# Published returns, with their spread over seeds: of CleanRL and baselines in training, of rl-zoo3
+# the greedy evaluation of one tuned agent, of Tianshou the best evaluation within 1 million
+# steps. MuJoCo was that of -v2 to -v4, LunarLander -v2. The README has the sources.
 PUBLISHED = {
     "CartPole-v1": {"CleanRL": "490.0 ± 6.1", "baselines": "497.5", "rl-zoo3": "500.0"},
     "Acrobot-v1": {"CleanRL": "-86.4 ± 1.3", "baselines": "-81.8", "rl-zoo3": "-73.5"},
@@ -83,8 +85,19 @@ PUBLISHED = {
     "Ant-v5": {"rl-zoo3": "1327", "Tianshou": "3258.4 ± 1079.3"},
 }
 SOURCES = ("CleanRL", "baselines", "rl-zoo3", "Tianshou")
-EVALUATED = {"rl-zoo3": " (evaluation)", "Tianshou": " (evaluation)"}  # the others are of the training
-COLUMNS = ["env_id", "seed", "steps", "training_return", "evaluation_return", "evaluation_std", "seconds"]
+EVALUATED = {
+    "rl-zoo3": " (evaluation)",
+    "Tianshou": " (evaluation)",
+}  # the others are of the training
+COLUMNS = [
+    "env_id",
+    "seed",
+    "steps",
+    "training_return",
+    "evaluation_return",
+    "evaluation_std",
+    "seconds",
+]
 COLUMNS += ["flags", "versions", "machine"]
 POINTS = 100  # of a curve
 
@@ -98,7 +111,7 @@ def machine():
 
 @cache
 def settings(env_id):
-    """What a run has beside its seed: the flags above, and in brackets what its preset sets below them."""
+    """What a run has beside its seed: the flags above, in brackets what its preset sets below."""
     flags = shlex.split(FLAGS[env_id])
     preset = {} if "--preset" in FLAGS[env_id] else ppo.preset(env_id)
     return " ".join([*flags, *(f"({name} {x})" for name, x in preset.items() if name != "preset")])
@@ -106,7 +119,16 @@ def settings(env_id):
 
 def train(env_id, seed):
     """Run ppo.py in an empty folder; return its line of results.csv, and its curve."""
-    command = ["--env-id", env_id, "--seed", str(seed), "--eval-episodes", "100", "--run-name", "run"]
+    command = [
+        "--env-id",
+        env_id,
+        "--seed",
+        str(seed),
+        "--eval-episodes",
+        "100",
+        "--run-name",
+        "run",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = subprocess.run(
@@ -117,17 +139,20 @@ def train(env_id, seed):
         )
         seconds = time.perf_counter() - start
         if done.returncode:
-            raise RuntimeError(f"{env_id}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{env_id}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-2000:]}"
+            )
         checkpoint = torch.load(Path(folder, "runs/run/checkpoint.pt"), weights_only=True)
         events = EventAccumulator(str(Path(folder, "runs/run")), size_guidance={"scalars": 0})
         events.Reload()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gym.__version__}"
+    packages = f"torch {torch.__version__}, gymnasium {gym.__version__}"
+    versions = f"Python {platform.python_version()}, {packages}"
     evaluation = re.search(r"eval: mean (\S+) std (\S+)", done.stdout)
     row = {
         "env_id": env_id,
         "seed": seed,
         "steps": checkpoint["global_step"],
-        "training_return": round(float(np.mean(checkpoint["recent"][0])), 2),
+        "training_return": round(float(np.mean(checkpoint["returns"])), 2),
         "evaluation_return": evaluation[1],
         "evaluation_std": evaluation[2],
         "seconds": round(seconds),
@@ -139,7 +164,7 @@ def train(env_id, seed):
 
 
 def curve(events, total):
-    """Points (step, seconds, mean return of the episodes that ended since the last point) of a run's log."""
+    """Points (step, seconds, mean return of episodes since the last point) of a run's log."""
     if "charts/episodes" not in events.Tags()["scalars"]:
         return []
     first = events.Scalars("charts/SPS")[0]
@@ -165,7 +190,7 @@ def read(path):
 
 
 def current(folder):
-    """By environment the finished runs, as lines of results.csv, whose flags and preset are those of now."""
+    """By environment the finished runs of results.csv whose flags and preset are those of now."""
     runs = {}
     for line in read(folder / "results.csv"):
         if line["env_id"] in FLAGS and line["flags"] == settings(line["env_id"]):
@@ -183,7 +208,7 @@ def write(path, columns, rows):
 
 
 def keep(folder, row, points):
-    """Add a run to the folder: its curve first, so that a line of results.csv means that all is there."""
+    """Add a run to the folder, its curve first: a line of results.csv means that all is there."""
     path = folder / f"{row['env_id']}.csv"
     rows = [x for x in read(path) if x["seed"] != str(row["seed"])]
     rows += [
@@ -198,9 +223,12 @@ def keep(folder, row, points):
 
 
 def table(folder):
-    """Write table.md: mean and standard deviation over the seeds, beside what others have published."""
+    """Write table.md: mean and deviation over the seeds, beside what others have published."""
     finished = current(folder)
-    lines = ["| environment | steps | seeds | training return | greedy evaluation | " + " | ".join(SOURCES)]
+    lines = [
+        "| environment | steps | seeds | training return | greedy evaluation | "
+        + " | ".join(SOURCES)
+    ]
     lines[0] += " | steps/s | minutes |"
     lines.append("|---" * (len(SOURCES) + 7) + "|")
     for env_id, runs in finished.items():
@@ -220,7 +248,7 @@ def table(folder):
 
 
 def picture(folder):
-    """Draw curves.png: the mean over the seeds, its standard deviation shaded, and the published figures."""
+    """Draw curves.png: the mean over the seeds, its deviation shaded, and the published figures."""
     shown = {env_id: [x["seed"] for x in runs] for env_id, runs in current(folder).items()}
     rows = -(-len(shown) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
@@ -229,7 +257,9 @@ def picture(folder):
     for axis, (env_id, seeds) in zip(axes.flat, shown.items(), strict=False):
         points = read(folder / f"{env_id}.csv")
         by_seed = [
-            np.array([(float(x["step"]), float(x["return"])) for x in points if x["seed"] == seed]).T
+            np.array(
+                [(float(x["step"]), float(x["return"])) for x in points if x["seed"] == seed]
+            ).T
             for seed in seeds
         ]
         steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
@@ -260,16 +290,27 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     published = ROOT / "runs/benchmark"
-    parser.add_argument("--folder", type=Path, default=published, help="where results are (runs/benchmark)")
     parser.add_argument(
-        "--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="ENV_ID", help="of the nine (all)"
+        "--folder", type=Path, default=published, help="where results are (runs/benchmark)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=FLAGS,
+        default=list(FLAGS),
+        metavar="ENV_ID",
+        help="of the nine (all)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(1 to 5)")
-    parser.add_argument("--flags", default="", help="more flags for all of them, to try another setting")
+    parser.add_argument(
+        "--flags", default="", help="more flags for all of them, to try another setting"
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (2)")
     args = parser.parse_args()
     if args.flags and args.folder.resolve() == published:
-        parser.error("with --flags comes a --folder of its own, as runs/benchmark is what was published")
+        parser.error(
+            "with --flags comes a --folder of its own, as runs/benchmark is what was published"
+        )
     FLAGS.update({env_id: f"{flags} {args.flags}" for env_id, flags in FLAGS.items()})
     args.folder.mkdir(parents=True, exist_ok=True)
     finished = {(e, int(x["seed"])) for e, runs in current(args.folder).items() for x in runs}
@@ -289,7 +330,10 @@ def main():
         for future in as_completed([pool.submit(job, run) for run in missing]):
             future.result()
     except KeyboardInterrupt:  # which, when it is Ctrl-C, the runs under way have received too
-        print("interrupted; runs under way are waited for, unless they were interrupted as well", flush=True)
+        print(
+            "interrupted; runs under way are waited for, unless they were interrupted as well",
+            flush=True,
+        )
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)

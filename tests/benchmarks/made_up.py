@@ -1,4 +1,4 @@
-"""An environment for speed.py whose step costs next to nothing, or as many milliseconds as wanted."""
+"""An environment for speed.py whose step costs next to nothing, or as many ms as wanted."""
 
 import time
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class MadeUp(gym.Env):
-    """Observations from a table, a reward to guess, `work` milliseconds of processor time in each step."""
+    """Observations from a table, a reward to guess, `work` ms of processor time in each step."""
 
     def __init__(self, size=128, actions=16, work=0.0):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,))
@@ -26,7 +26,13 @@ class MadeUp(gym.Env):
             while time.thread_time() < end:
                 pass
         self.count += 1
-        return self.table[self.count % 256], float(action == self.count % 2), self.count == 200, False, {}
+        return (
+            self.table[self.count % 256],
+            float(action == self.count % 2),
+            self.count == 200,
+            False,
+            {},
+        )
 
 
 gym.register("MadeUp-v0", MadeUp)

@@ -1,19 +1,23 @@
-"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) on the same work and beside its environments.
+"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) on the same work and beside its
+environments.
 
-    python tests/benchmarks/speed.py                       # the table, a quarter of an hour on two cores
+    python tests/benchmarks/speed.py                       # the table, a quarter of an hour
     python tests/benchmarks/speed.py --only cartpole-4     # some of its rows
+    python tests/benchmarks/speed.py --against old/ppo.py  # beside another ppo.py, not SB3
     python tests/benchmarks/speed.py --profile cartpole-4  # where the time of one workload goes
-    python tests/benchmarks/speed.py --modes               # which --vectorization-mode for which environment
+    python tests/benchmarks/speed.py --modes               # which --vectorization-mode for what
 
-Both programs are given the same environments, networks, initialisation, optimizer, rollouts, minibatches,
-epochs and normalisation, each of them explicitly. SB3 steps environments one by one in any case; in the rows
-that say so, ppo.py steps the environment's own vector version. Each run is a process of its own on one torch
-thread, and the programs take turns. Steps per second leave the start-up out, on both sides. The bound is
-stepping the same vector environment with random actions. Memory is the peak of the process's resident set.
+Both programs are given the same environments, networks, initialisation, optimizer, rollouts,
+minibatches, epochs and normalisation, each of them explicitly. SB3 steps environments one by one
+in any case; in the rows that say so, ppo.py steps the environment's own vector version. Each run
+is a process of its own on one torch thread, and the programs take turns. Steps per second leave
+the start-up out, on both sides. The bound is stepping the same vector environment with random
+actions. Memory is the peak of the process's resident set.
 
-In the steps of ppo.py and of the bound are those that only reset an environment, 0.3 to 2 % of all (with
-random actions 4 % on CartPole); SB3 resets within the step that ends an episode. ppo.py writes TensorBoard's
-files and SB3 none. SB3 updates its running statistics in every step, ppo.py after every rollout.
+In the steps of ppo.py and of the bound are those that only reset an environment, 0.3 to 2 % of
+all (with random actions 4 % on CartPole); SB3 resets within the step that ends an episode. ppo.py
+writes TensorBoard's files and SB3 none. SB3 updates its running statistics in every step, ppo.py
+after every rollout.
 """
 
 import argparse
@@ -51,14 +55,14 @@ class Workload:
 
     def flags(self, mode):
         timesteps = self.iterations * self.num_envs * self.num_steps
-        return f"""--preset none --env-id {self.env_id} --num-envs {self.num_envs} --vectorization-mode {mode}
-            --num-steps {self.num_steps} --total-timesteps {timesteps}
+        return f"""--preset none --env-id {self.env_id} --num-envs {self.num_envs}
+            --vectorization-mode {mode} --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
-            --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --norm-adv --clip-coef 0.2
-            --no-anneal-clip --clip-vloss --dual-clip None --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5
-            --target-kl None --no-recompute-advantages --hidden-sizes 64 64 --activation tanh
-            --log-std-init 0 --norm-obs --norm-reward --device cpu --eval-episodes 0
-            --checkpoint-interval 0""".split()
+            --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --norm-adv
+            --clip-coef 0.2 --no-anneal-clip --clip-vloss --dual-clip None --ent-coef 0.01
+            --vf-coef 0.5 --max-grad-norm 0.5 --target-kl None --no-recompute-advantages
+            --hidden-sizes 64 64 --activation tanh --log-std-init 0 --norm-obs --norm-reward
+            --device cpu --eval-episodes 0 --checkpoint-interval 1_000_000""".split()
 
 
 WORKLOADS = {
@@ -85,10 +89,12 @@ if ":" in w["env_id"]:
     __import__(w["env_id"].split(":")[0])
 rows = w["num_envs"] * w["num_steps"]
 envs = make_vec_env(w["env_id"].split(":")[-1], w["num_envs"], seed, vec_env_cls=DummyVecEnv)
-envs = VecNormalize(envs, norm_obs=True, norm_reward=True, clip_obs=10.0, clip_reward=10.0, gamma=0.99)
+envs = VecNormalize(envs, norm_obs=True, norm_reward=True, clip_obs=10.0, clip_reward=10.0,
+                    gamma=0.99)
 model = PPO("MlpPolicy", envs, n_steps=w["num_steps"], batch_size=rows // w["num_minibatches"],
-            n_epochs=w["update_epochs"], learning_rate=lambda remaining: 2.5e-4 * remaining, gamma=0.99,
-            gae_lambda=0.95, normalize_advantage=True, clip_range=0.2, clip_range_vf=0.2, ent_coef=0.01,
+            n_epochs=w["update_epochs"], learning_rate=lambda remaining: 2.5e-4 * remaining,
+            gamma=0.99, gae_lambda=0.95, normalize_advantage=True, clip_range=0.2,
+            clip_range_vf=0.2, ent_coef=0.01,
             vf_coef=0.5, max_grad_norm=0.5, target_kl=None, seed=seed, device="cpu",
             policy_kwargs=dict(net_arch=dict(pi=[64, 64], vf=[64, 64]), activation_fn=torch.nn.Tanh,
                                ortho_init=True, log_std_init=0.0, optimizer_kwargs=dict(eps=1e-5)))
@@ -130,7 +136,9 @@ def run(*command):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+") as out:
         command, start = [sys.executable, *map(str, command)], time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -150,8 +158,11 @@ def spread(values, digits=0):
 
 
 def compare(names, runs):
-    """Print a row for each workload and mode: medians, and in brackets from the lowest to the highest."""
-    print("| | ppo.py, steps/s | SB3, steps/s | ratio | bound, steps/s | share | MB, ppo.py | MB, SB3 |")
+    """Print a row for each workload and mode: medians, in brackets the lowest and the highest."""
+    print(
+        "| | ppo.py, steps/s | SB3, steps/s | ratio "
+        "| bound, steps/s | share | MB, ppo.py | MB, SB3 |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     medians = {}
     for name in names:
@@ -166,6 +177,7 @@ def compare(names, runs):
                 results[program].append(run(*commands[program]))
         for mode in workload.modes:
             ours, theirs, bound = results["ppo.py", mode], results["SB3"], results["bound", mode]
+            shares = [a.speed / b.speed for a, b in zip(ours, bound, strict=True)]
             medians[name, mode] = statistics.median(x.speed for x in ours)
             cells = [
                 f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}",
@@ -173,7 +185,7 @@ def compare(names, runs):
                 spread([x.speed for x in theirs]),
                 spread([a.speed / b.speed for a, b in zip(ours, theirs, strict=True)], 2),
                 f"{statistics.median(x.speed for x in bound):,.0f}",
-                f"{statistics.median(a.speed / b.speed for a, b in zip(ours, bound, strict=True)):.0%}",
+                f"{statistics.median(shares):.0%}",
                 f"{statistics.median(x.megabytes for x in ours):,.0f}",
                 f"{statistics.median(x.megabytes for x in theirs):,.0f}",
             ]
@@ -184,15 +196,34 @@ def compare(names, runs):
         print(f"\nsteps/s of 256 environments over those of 4: {medians[many] / medians[few]:.1f}")
 
 
+def compare_versions(names, runs, other):
+    """Print steps/s of this ppo.py and of another one, which take turns, and their ratio."""
+    print(f"| | ppo.py, steps/s | {other}, steps/s | ratio |\n|---|---|---|---|")
+    for name in names:
+        workload, speeds = WORKLOADS[name], {PPO: [], other: []}
+        for seed in range(1, runs + 1):
+            for program in list(speeds)[:: 1 if seed % 2 else -1]:  # who goes first changes
+                result = run(program, *workload.flags(SYNC), "--seed", seed)
+                speeds[program].append(result.speed)
+        ratios = [a / b for a, b in zip(speeds[PPO], speeds[other], strict=True)]
+        cells = [name, spread(speeds[PPO]), spread(speeds[other]), spread(ratios, 2)]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def start_up(runs):
-    """Print the seconds that a run of one iteration takes from its command to its exit, and the imports."""
-    one, seconds = dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1), collections.defaultdict(list)
+    """Print the seconds of a run of one iteration, from its command to its exit, and of imports."""
+    one, seconds = (
+        dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1),
+        collections.defaultdict(list),
+    )
     spec = json.dumps(dataclasses.asdict(one))
     for seed in range(runs + 1):
         seconds["ppo.py"].append(run(PPO, *one.flags(SYNC)).seconds)
         seconds["imports"].append(run("-c", BARE_IMPORTS).seconds)
         seconds["SB3"].append(run("-c", STABLE_BASELINES3, spec, seed).seconds)
-    warm = {name: x[1:] for name, x in seconds.items()}  # the first may have read the files from the disk
+    warm = {
+        name: x[1:] for name, x in seconds.items()
+    }  # the first may have read the files from the disk
     ratios = [a / b for a, b in zip(warm["ppo.py"], warm["imports"], strict=True)]
     print(f"\na run of one iteration, from the command to its exit: {spread(warm['ppo.py'], 2)} s")
     print(f"importing torch, gymnasium and tensorboard alone: {spread(warm['imports'], 2)} s")
@@ -204,26 +235,22 @@ class Clock:
 
     def __init__(self):
         self.seconds, self.calls = collections.Counter(), collections.Counter()
-        self.begin, self.end = {}, {}  # of the first and the last call
 
     def time(self, owner, name, label):
         function = getattr(owner, name)
 
         def timed(*args, **kwargs):
             start = time.perf_counter()
-            self.begin.setdefault(label, start)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.end[label] = time.perf_counter()
-                self.seconds[label] += self.end[label] - start
-                self.calls[label] += 1
+            result = function(*args, **kwargs)
+            self.seconds[label] += time.perf_counter() - start
+            self.calls[label] += 1
+            return result
 
         setattr(owner, name, timed)
 
 
 def profile(name, mode):
-    """Print the time of an iteration by phase, taken from outside at the functions that ppo.py is made of."""
+    """Print the time of an iteration by phase, taken at the functions that ppo.py is made of."""
     sys.path[:0] = [str(PPO.parent), str(HERE)]
     import torch
 
@@ -238,38 +265,54 @@ def profile(name, mode):
         return envs
 
     def timed_log(*args):
-        start, acted, valued = clock.begin["Agent.act"], clock.end["envs.step"], clock.end["gae"]
-        updated = time.perf_counter()
+        start = time.perf_counter()
         log(*args)
-        phases = {"rollout": acted - start, "advantages": valued - acted, "update": updated - valued}
-        phases["log"] = time.perf_counter() - updated
+        phases = {
+            name: clock.seconds[name] for name in ("collect", "estimate_advantages", "update")
+        }
+        phases["log"] = time.perf_counter() - start
         iterations.append((phases, dict(clock.seconds), dict(clock.calls)))
-        for times in (clock.seconds, clock.calls, clock.begin, clock.end):
-            times.clear()
+        clock.seconds.clear()
+        clock.calls.clear()
 
     ppo.make_envs, ppo.Run.log = timed_envs, timed_log
+    adam = torch.optim.Adam
     parts = {
-        "rollout": {"envs.step": None, "Agent.act": ppo.Agent, "Agent.to_env": ppo.Agent},  # see timed_envs
-        "advantages": {"logprob_and_value": ppo, "gae": ppo},
-        "update": {"ppo_loss": ppo, "torch.autograd.grad": torch.autograd, "Adam.step": ppo.Adam},
+        "collect": {"envs.step": None, "Agent.act": ppo.Agent, "Agent.to_env": ppo.Agent},
+        "estimate_advantages": {"logprob_and_value": ppo, "gae": ppo},
+        "update": {
+            "ppo_loss": ppo,
+            "Tensor.backward": torch.Tensor,
+            "clip_grad_norm_": torch.nn.utils,
+            "Adam.zero_grad": adam,
+            "Adam.step": adam,
+        },
         "log": {},
     }
+    for phase in ("collect", "estimate_advantages", "update"):
+        clock.time(ppo, phase, phase)
     for owners in parts.values():
         for label, owner in owners.items():
-            if owner is not None:
+            if owner is not None:  # envs.step is timed where the environments are made
                 clock.time(owner, label.split(".")[-1], label)
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         ppo.train(ppo.tyro.cli(ppo.Args, args=workload.flags(mode)))
         os.chdir(HERE)  # the folder is about to go
+    print(f"\n{name}, {mode}, by medians over the iterations\n")
+    print_profile(parts, iterations)
+
+
+def print_profile(parts, iterations):
+    """Print a row for each phase, and for each function that is timed within it."""
     phases, seconds, calls = zip(*iterations[2:], strict=True)  # the first ones are slower
 
     def median(column, label):
         return statistics.median(x[label] for x in column)
 
     total = sum(median(phases, phase) for phase in parts)
-    print(f"\n{name}, {mode}: {total * 1e3:.1f} ms an iteration, by medians\n")
+    print(f"an iteration takes {total * 1e3:.1f} ms\n")
     print("| phase | ms | share | calls | us a call |\n|---|---|---|---|---|")
     for phase, labels in parts.items():
         whole = rest = median(phases, phase)
@@ -284,19 +327,23 @@ def profile(name, mode):
 
 
 def modes(runs):
-    """Print steps/s of the modes, and the processors kept busy (start-up included), for ever slower steps."""
+    """Print steps/s of the modes and the processors kept busy, for ever slower steps."""
     print("| 8 environments | sync | async | vector_entry_point |\n|---|---|---|---|")
     base = dataclasses.replace(WORKLOADS["cartpole-4"], num_envs=8, iterations=100)
     cases = [("CartPole-v1, about 0.01 ms a step", base, {}, (SYNC, "async", NATIVE))]
     for work, iterations in (0.03, 80), (0.1, 60), (0.3, 40), (1.0, 20), (3.0, 10):
         title = f"made up, {work} ms a step"
-        slow = dataclasses.replace(base, env_id="made_up:MadeUp-v0", num_steps=64, iterations=iterations)
+        slow = dataclasses.replace(
+            base, env_id="made_up:MadeUp-v0", num_steps=64, iterations=iterations
+        )
         cases.append((title, slow, {"work": work}, (SYNC, "async")))
     for title, workload, kwargs, names in cases:
         results = collections.defaultdict(list)
         for _ in range(runs):
             for mode in names:
-                results[mode].append(run(PPO, *workload.flags(mode), "--env-kwargs", json.dumps(kwargs)))
+                results[mode].append(
+                    run(PPO, *workload.flags(mode), "--env-kwargs", json.dumps(kwargs))
+                )
         cells = []
         for mode in (SYNC, "async", NATIVE):
             busy = [x.busy for x in results[mode]]
@@ -319,15 +366,20 @@ def main():
     )
     parser.add_argument("--runs", type=int, default=5, help="of each program")
     parser.add_argument("--native", action="store_true", help=f"profile with {NATIVE}")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="rows of the table")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--only", nargs="+", choices=WORKLOADS, help="rows of the table")
-    what.add_argument("--profile", choices=WORKLOADS, help="print where the time of this workload goes")
+    what.add_argument("--against", type=Path, help="compare with this other ppo.py, not with SB3")
+    what.add_argument(
+        "--profile", choices=WORKLOADS, help="print where the time of this workload goes"
+    )
     what.add_argument("--modes", action="store_true", help="compare the vectorization modes")
     options = parser.parse_args()
     if options.runs < 1:
         parser.error("--runs must be at least 1")
     if options.native and NATIVE not in WORKLOADS[options.profile or "cartpole-4"].modes:
-        parser.error("--native is for the profile of a workload that has a vector version of its own")
+        parser.error(
+            "--native is for the profile of a workload that has a vector version of its own"
+        )
     packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
     print(f"Python {platform.python_version()}, {', '.join(map(installed, packages))}")
     model = (
@@ -342,6 +394,8 @@ def main():
         print(f"median (lowest to highest) of {options.runs} runs\n")
     if options.profile:
         profile(options.profile, NATIVE if options.native else SYNC)
+    elif options.against:
+        compare_versions(options.only or WORKLOADS, options.runs, options.against.resolve())
     elif options.modes:
         modes(options.runs)
     else:

@@ -1,0 +1,93 @@
+"""What `ppo.train` sets up before its loop, for tests that call its phases themselves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import replace
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import ppo
+
+
+class Recording(ppo.Agent):
+    """An agent that keeps the observations which it acts on, and those which it learns from."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.acted = []  # obs (N, *obs) of every call of act
+        self.valued = []  # obs (B, *obs) of every call of forward without gradients
+        self.learnt = []  # obs (M, *obs) of every call of forward with them, as in the loss
+
+    def act(self, obs, *args, **kwargs):
+        self.acted.append(obs.clone())
+        return super().act(obs, *args, **kwargs)
+
+    def forward(self, obs):
+        calls = self.learnt if torch.is_grad_enabled() else self.valued
+        calls.append(obs.clone())
+        return super().forward(obs)
+
+
+class Learner:
+    """Environments, agent, optimizers, generator and state of a run, and its phases as methods."""
+
+    def __init__(self, envs, args: ppo.Args, agent_class: type[ppo.Agent]):
+        self.envs = envs
+        self.args = args
+        self.generator = torch.Generator(ppo.set_up(args))
+        torch.manual_seed(args.seed)
+        self.agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
+        self.optimizers = [torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate)]
+        self.state = ppo.restart(envs, args, 0, self.generator)
+
+    def collect(self) -> ppo.Rollout:
+        rollout, self.state = ppo.collect(
+            self.agent, self.envs, self.state, self.args, self.generator
+        )
+        return rollout
+
+    def estimate(self, rollout: ppo.Rollout) -> ppo.Minibatch:
+        return ppo.estimate_advantages(self.agent, rollout, self.args)
+
+    def update(self, rollout: ppo.Rollout, batch: ppo.Minibatch, **flags) -> list[dict]:
+        """The infos of an update, as numbers; flags change the arguments for this once."""
+        args = replace(self.args, **flags)
+        infos = ppo.update(
+            self.agent, self.optimizers, rollout, batch, args, args.clip_coef, self.generator
+        )
+        return [{name: x.item() for name, x in info.items()} for info in infos]
+
+    def copy(self) -> "Learner":
+        """One that can be updated without changing this one, and that has no environments."""
+        other = copy(self)
+        other.envs = None
+        other.agent, other.optimizers = deepcopy((self.agent, self.optimizers))
+        other.generator = torch.Generator(self.generator.device)
+        other.generator.set_state(self.generator.get_state())
+        return other
+
+    def weights(self) -> Tensor:
+        """All parameters, copied into one vector."""
+        return torch.cat([x.detach().flatten() for x in self.agent.parameters()])
+
+
+@contextmanager
+def learner(args: ppo.Args, agent_class: type[ppo.Agent] = ppo.Agent) -> Iterator[Learner]:
+    """A Learner whose environments are closed at the end."""
+    with ppo.closing_envs(ppo.make_envs(args)) as envs:
+        yield Learner(envs, args, agent_class)
+
+
+def scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every tag in TensorBoard's log of a run's folder."""
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def values(folder: str, tag: str) -> list[float]:
+    """The values of one tag in TensorBoard's log of a run's folder."""
+    return [value for _, value in scalars(folder)[tag]]
