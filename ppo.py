@@ -15,7 +15,7 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     explained         turns what an environment's constructor refuses into an InputError
     check_spaces      refuses environments that cannot be trained on
     check             refuses arguments that are out of range, or not those of a resumed run
-    set_up            seeds the process, sets torch's threads, returns the device
+    set_up, reseed    set torch's threads and find the device; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
     load, restore     read a checkpoint; give agent and optimizers what it holds
     restart           resets environments and generators, at the start and at checkpoints
@@ -386,9 +386,9 @@ class Minibatch(NamedTuple):
 
 
 def sum_by_episode(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarray) -> np.ndarray:
-    """Sums (T, N) of x (T, N) over the episode so far; each step multiplies what was by `factor`.
+    """Sums (T, N) of x (T, N) over the episode so far; every step multiplies the sum by `factor`.
 
-    `last` (N,) is the sum at the row before the first. A row that is not valid starts anew.
+    `last` (N,) is the sum before the first row. A row that is not valid starts a new sum.
     """
     sums = np.empty(x.shape)
     keep = factor * valid
@@ -610,7 +610,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     generator = Generator(device)  # for actions and minibatches; environments cannot reach it
     num_iterations = math.ceil(args.total_timesteps / (args.num_envs * args.num_steps))
     with closing_envs(make_envs(args)) as envs:
-        torch.manual_seed(args.seed)  # again, as making the environments may have drawn from it
+        reseed(args)  # again, as making the environments may have drawn from the generators
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
         # One or more of torch's, for all parameters together; eps is [Details] #3, fused is faster.
@@ -1082,9 +1082,9 @@ def load(path: str) -> dict:
         if checkpoint["format"] != 3:
             raise ValueError(f"its format is {checkpoint['format']}, not 3")
         args = Args(**checkpoint["args"])
+        args.hidden_sizes = tuple(args.hidden_sizes)  # a list in JSON
     except Exception as error:
         raise unusable(file, error) from error
-    args.hidden_sizes = tuple(args.hidden_sizes)  # a list in JSON
     return {**checkpoint, "args": args, "path": file}
 
 
@@ -1107,7 +1107,7 @@ def restore(checkpoint: dict | None, agent: nn.Module, optimizers: list[Optimize
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
         return checkpoint["iteration"]
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise unusable(checkpoint["path"], error) from error
 
 
@@ -1186,16 +1186,16 @@ def leave(signum: int, _frame: object) -> None:
     sys.exit(128 + signum)
 
 
-def main() -> None:
+def main(agent_class: type[Agent] = Agent) -> None:
     """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
     try:
         args, checkpoint = parse(sys.argv[1:])
         if args.evaluate is not None and args.resume is None:
-            evaluate(args.evaluate, args, checkpoint=checkpoint)
+            evaluate(args.evaluate, args, agent_class, checkpoint)
         else:
-            train(args, checkpoint=checkpoint)
+            train(args, agent_class, checkpoint)
     except (InputError, gym.error.DependencyNotInstalled, NonFiniteError) as error:
         print(f"ppo.py: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, NonFiniteError) else 2)

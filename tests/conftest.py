@@ -2,6 +2,8 @@
 import signal
 import subprocess
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,21 @@ def restored_handlers():
         signal.signal(number, handler)
 
 
+@contextmanager
+def shown_warnings():
+    """Python's own way with warnings, of which pytest has another: they go to stderr."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = show
+        yield
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Does what a command line says, in this process; returns exit code and output."""
@@ -36,7 +53,8 @@ def command(monkeypatch, capsys):
         capsys.readouterr()  # what was printed before
         code = 0
         try:
-            ppo.main()
+            with shown_warnings():
+                ppo.main()
         except SystemExit as end:
             code = end.code
         return subprocess.CompletedProcess(flags, code, *capsys.readouterr())

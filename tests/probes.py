@@ -2,9 +2,7 @@
 
 import os
 import random
-import signal
 import subprocess
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -275,17 +273,11 @@ class Shifted(Match):
         return 500 + 3 * super().observe()
 
 
-class Deleted:
-    def __del__(self):
-        signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.01)
-
-
 class Nuisance(Probe):
-    """Makes it hard to stop: by a signal in a __del__, in step 2000, or by a child process."""
+    """Makes it hard to stop: by a child process, which it ends when it is closed."""
 
     def __init__(self, kind):
-        self.kind, self.count = kind, 0
+        self.kind = kind
         if kind == "child":
             self.child = subprocess.Popen(["sleep", "1000"])
 
@@ -293,10 +285,8 @@ class Nuisance(Probe):
         return np.zeros(1, np.float32)
 
     def step(self, action):
-        self.count += 1
-        if self.kind == "del" and self.count == 2000:
-            Deleted()
-        return self.observe(), 1.0, False, self.count % 10 == 0, {}
+        self.t += 1
+        return self.observe(), 1.0, False, self.t == 10, {}
 
     def close(self):
         if self.kind == "child":

@@ -732,3 +732,28 @@ def test_a_mistake_in_a_check_is_not_taken_for_bad_input(error, tmp_path):
     assert "Traceback" in result.stderr
     assert MISTAKES[error] in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"{error}: ")
+
+
+def test_the_network_of_the_readme_takes_the_same_command_line(tmp_path):
+    """The module under "Fork it" is trained, resumed, evaluated, and refused in a sentence."""
+    section = PPO.with_name("README.md").read_text().split("## Fork it")[1]
+    _, code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    fork = tmp_path / "fork.py"
+    fork.write_text(code)
+    (tmp_path / "ppo.py").symlink_to(PPO)
+    commands = [
+        ["--run-name=a", "--total-timesteps=1024", "--eval-episodes=0"],
+        ["--resume=runs/a", "--total-timesteps=2048"],
+        ["--evaluate=runs/a", "--eval-episodes=2"],
+    ]
+    results = [run(tmp_path, *flags, program=fork) for flags in commands]
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    assert "end: 2,048 steps (100%)" in results[1].stdout
+    assert "(2 episodes, greedy)" in results[2].stdout
+    agent = ppo.load(tmp_path / "runs/a")["agent"]
+    assert "torso.0.weight" in agent
+    result = run(tmp_path, "--num-envs=0", program=fork)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "ppo.py: --num-envs must be at least 1, not 0.\n",
+    )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ import probes
 import pytest
 import torch
 from moviepy import VideoFileClip
-from test_checkpoints import curves, differing, files, saved, start
+from test_checkpoints import EnoughError, curves, differing, failing_after, files, saved, start
 from test_cli import PPO, TESTS, run
 
 import ppo
@@ -217,15 +218,16 @@ class SharedTorso(ppo.Agent):
     def __init__(self, observation_space, action_space, args):
         super().__init__(observation_space, action_space, args)
         sizes = [*observation_space.shape, *args.hidden_sizes]
-        self.torso = nn.Sequential(ppo.mlp(sizes, nn.Tanh, gain=2**0.5), nn.Tanh())
+        self.shared = nn.Sequential(ppo.mlp(sizes, nn.Tanh, gain=2**0.5), nn.Tanh())
         self.actor = ppo.mlp([sizes[-1], int(action_space.n)], nn.Tanh, gain=0.01)
         self.critic = ppo.mlp([sizes[-1], 1], nn.Tanh, gain=1.0)
 
     def features(self, obs):
-        return self.torso(super().features(obs))
+        scaled = (obs - self.obs_stats.mean) / self.obs_stats.std
+        return self.shared(scaled.clamp(-10, 10))
 
     def scalars(self):
-        return {"torso_norm": sum(x.square().sum().item() for x in self.torso.parameters())}
+        return {"shared_norm": sum(x.square().sum().item() for x in self.shared.parameters())}
 '''
 
 
@@ -239,48 +241,47 @@ def shared_torso(tmp_path, monkeypatch):
 
 
 def test_an_agent_of_another_class_is_trained_resumed_evaluated_and_loaded(shared_torso):
-    flags = {**FLAGS, "env_id": "Match-v0", "anneal_lr": False, "learning_rate": 3e-3}
-    flags["checkpoint_interval"] = 16
-    unbroken = ppo.train(
-        ppo.Args(**{**flags, "run_name": "unbroken"}, total_timesteps=32 * 64), shared_torso
-    )
-    assert type(unbroken) is shared_torso
-    first = ppo.train(ppo.Args(**flags, total_timesteps=16 * 64), agent_class=shared_torso)
-    assert any(name.startswith("torso.") for name in saved()["agent"])
+    flags = {**FLAGS, "env_id": "Match-v0", "learning_rate": 3e-3, "checkpoint_interval": 16}
     args = ppo.Args(**{**flags, "eval_episodes": 20}, total_timesteps=32 * 64)
-    longer = ppo.train(ppo.replace(args, resume="runs/a"), agent_class=shared_torso)
-    expected = {".args.eval_episodes", ".args.run_name"}
-    assert set(differing(saved("runs/a"), saved("runs/unbroken"))) == expected
-    assert differing(longer.state_dict(), saved()["agent"]) == []
-    changed = differing(first.torso.state_dict(), longer.torso.state_dict())
-    assert len(changed) == len(longer.torso.state_dict()), "all of it learns"
-    log = curves()
-    assert len(log["charts/torso_norm"]) == 32
-    assert len({value for _, value in log["charts/torso_norm"]}) == 32
+    unbroken = ppo.train(replace(args, run_name="unbroken"), shared_torso)
+    assert type(unbroken) is shared_torso
+    with pytest.raises(EnoughError):
+        ppo.train(args, agent_class=failing_after(20 * 16, shared_torso))
+    half = saved()
+    assert half["iteration"] == 16
+    resumed = ppo.train(replace(args, resume="runs/a"), agent_class=shared_torso)
+    assert differing(saved("runs/a"), saved("runs/unbroken")) == [".args.run_name"]
+    assert differing(resumed.state_dict(), saved()["agent"]) == []
+    names = {name for name in saved()["agent"] if name.startswith("shared.")}
+    assert len(names) == len(list(resumed.shared.parameters()))
+    changed = differing(half["agent"], saved()["agent"])
+    assert {f".{name}" for name in names} < set(changed), "all of it learns"
+    log = curves("runs/unbroken")
+    assert len({value for _, value in log["charts/shared_norm"]}) == 32
 
     returns = ppo.evaluate("runs/a", args, agent_class=shared_torso)
     assert set(returns) == {1.0}, "what the observation asks for"
     assert log["eval/episodic_return"] == [(32 * 64, 1.0)], "as after the training"
     loaded = ppo.load_agent("runs/a", agent_class=shared_torso)
     assert type(loaded) is shared_torso
-    assert_alike(loaded, longer)
+    assert_alike(loaded, resumed)
 
 
 def test_an_agent_of_another_class_is_refused_without_it(shared_torso):
     """And with it, where the run was not trained with it: in a sentence, with nothing written."""
     args = ppo.Args(**FLAGS, total_timesteps=64)
     ppo.train(args, agent_class=shared_torso)
-    ppo.train(ppo.replace(args, run_name="b"))
+    ppo.train(replace(args, run_name="b"))
     before = files("runs")
-    longer = ppo.replace(args, total_timesteps=128)
+    longer = replace(args, total_timesteps=128)
     for name, agent_class in (("a", ppo.Agent), ("b", shared_torso)):
         path = f"runs/{name}"
-        named = ppo.replace(longer, run_name=name)
+        named = replace(longer, run_name=name)
         for action in (
             lambda path=path, x=agent_class: ppo.load_agent(path, agent_class=x),
             lambda path=path, x=agent_class, args=named: ppo.evaluate(path, args, agent_class=x),
             lambda path=path, x=agent_class, args=named: ppo.train(
-                ppo.replace(args, resume=path), agent_class=x
+                replace(args, resume=path), agent_class=x
             ),
         ):
             with pytest.raises(ppo.InputError) as refusal:
@@ -346,6 +347,26 @@ def test_what_cannot_be_filmed_is_said_when_the_evaluation_starts(
     assert last == "evaluate from step 64: python ppo.py --evaluate runs/a"
     again = command("--evaluate", "runs/a", "--no-capture-video", "--eval-episodes=1")
     assert (again.returncode, again.stderr) == (0, "")
+
+
+class Blind(probes.Match):
+    """Takes a render_mode and shows nothing."""
+
+    def __init__(self, render_mode=None):
+        pass
+
+
+gym.register("Blind-v0", Blind, disable_env_checker=True)
+
+
+def test_an_environment_that_shows_nothing_is_refused_in_a_sentence(command):
+    flags = ["--env-id=Blind-v0", "--total-timesteps=64", "--num-steps=16", "--run-name=a"]
+    result = command(*flags, "--capture-video")
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("ppo.py: ")
+    assert "Blind-v0" in line
+    assert saved()["global_step"] == 64
 
 
 def test_an_interrupt_does_not_wait_for_the_film(tmp_path):

@@ -14,13 +14,19 @@ import ppo
 
 @pytest.fixture
 def steps():
-    """(learning rate, 2-norm of the gradient) of every step of any optimizer in the test."""
+    """The (learning rate, 2-norm of the gradient) of every minibatch's step in the test.
+
+    In a dict with an entry for each optimizer, as a fork may have several.
+    """
     taken = []
 
     def note(optimizer, _args, _kwargs):
+        if not taken or id(optimizer) in taken[-1]:
+            taken.append({})
         parameters = [x for group in optimizer.param_groups for x in group["params"]]
         norms = [x.grad.norm() for x in parameters if x.grad is not None]
-        taken.append((optimizer.param_groups[0]["lr"], torch.stack(norms).norm().item()))
+        rate = optimizer.param_groups[0]["lr"]
+        taken[-1][id(optimizer)] = (rate, torch.stack(norms).norm().item())
 
     hook = register_optimizer_step_pre_hook(note)
     yield taken
@@ -99,9 +105,15 @@ def test_annealing_of_the_learning_rate(anneal, steps):
     args = ppo.Args(learning_rate=1e-3, anneal_lr=anneal, update_epochs=2, run_name="a", **flags)
     ppo.train(args)
     expected = [1e-3, 8e-4, 6e-4, 4e-4, 2e-4] if anneal else [1e-3] * 5
-    assert pieces.values("runs/a", "charts/learning_rate") == pytest.approx(expected)
-    assert [rate for rate, _ in steps[::2]] == pytest.approx(expected)
-    assert [rate for rate, _ in steps[1::2]] == pytest.approx(expected)
+    logged = pieces.values("runs/a", "charts/learning_rate")
+    assert logged == pytest.approx(expected)
+    assert len(steps) == 2 * 5
+    for epoch in (steps[::2], steps[1::2]):
+        for optimizer in epoch[0]:
+            rates = [step[optimizer][0] for step in epoch]
+            assert rates == pytest.approx([rates[0] * x / 1e-3 for x in expected])
+        first = next(iter(epoch[0]))
+        assert [step[first][0] for step in epoch] == pytest.approx(logged)
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -314,7 +326,10 @@ def test_losses_are_averaged_over_all_steps_taken(target_kl, taken, steps):
         assert tags[f"losses/{name}"] == [(64, mean), (128, mean)], name
     assert len(steps) == 2 * taken
     for i in range(2):
-        norms = [norm for _, norm in steps[i * taken : (i + 1) * taken]]
+        norms = [
+            math.hypot(*(norm for _, norm in step.values()))
+            for step in steps[i * taken : (i + 1) * taken]
+        ]
         mean = pytest.approx(sum(norms) / taken, rel=1e-4)
         assert tags["losses/grad_norm"][i] == (64 * (i + 1), mean)
 
