@@ -14,7 +14,7 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     InputError        the request is invalid
     explained         turns what an environment's constructor refuses into an InputError
     check_spaces      refuses environments that cannot be trained on
-    check             refuses arguments that are out of range, or not those of a resumed run
+    check             refuses arguments out of range, or that differ from a resumed run's
     set_up, reseed    set torch's threads and find the device; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
     load, restore     read a checkpoint; give agent and optimizers what it holds
@@ -27,19 +27,20 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
 Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch,
 D dimensions of a Box action, C choices of a MultiDiscrete one. *obs is the shape of an observation.
 
-Episodes end as in Gymnasium's NEXT_STEP autoreset: the step after an episode's last ignores its
-action, and returns the next episode's first observation with reward 0. Such a row only resets: it
-is not valid, and never trained on. So obs[t + 1] is always where row t led, also at a time limit.
+Episodes end as in Gymnasium's NEXT_STEP autoreset: after the last step of an episode, the next one
+ignores its action and returns the first observation of a new episode, with reward 0. Such a row is
+not valid, and never trained on. So obs[t + 1] is always where row t led, also at a time limit.
 
     t   obs[t]            action    obs[t + 1]        done    valid
     5   s_5               a_5       s_6, the last     True    True
     6   s_6, the last     ignored   s_0 of the next   False   False
     7   s_0 of the next   a_0       s_1               False   True
 
-(A fork with a recurrent state clears it after the row that is not valid, not before it.)
+(A recurrent fork clears its state after such a row: its value still belongs to the old episode.)
 
 [PPO]      Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
-[GAE]      Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, arXiv:1506.02438
+[GAE]      Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized
+           Advantage Estimation, arXiv:1506.02438
 [KL]       Schulman 2020, Approximating KL Divergence, http://joschu.net/blog/kl-approx.html
 [Details]  Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track: 1-13
            core, 14-22 Atari, 23-31 continuous actions, 32-36 LSTM, 37 MultiDiscrete
@@ -92,8 +93,8 @@ class Args:
 
     # Files
     resume: str | None = None  # folder of a run to continue, with the flags it was started with
-    # iterations between checkpoints, at which environments are reset (None: 100 a run, if they are
-    # 10,000 steps of each environment apart)
+    # iterations between checkpoints; each resets the environments (None: a hundredth of the run,
+    # but at least 10,000 steps of each environment)
     checkpoint_interval: int | None = None
     evaluate: str | None = None  # folder of a run, or its .pt file, to evaluate without training
     eval_episodes: int = 10  # episodes of an evaluation, also after training (0: none then)
@@ -103,10 +104,10 @@ class Args:
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, e.g. '{"size": 5}'
-    # set of defaults; on the command line auto, which is continuous for Box actions, else none
+    # defaults to start from; the command line's auto is continuous for Box actions, else none
     preset: Literal["auto", "none", "continuous"] = "none"
     num_envs: int = 4  # N, environments that are stepped side by side
-    # sync: in this process; async: a process each; vector_entry_point: its own, where there is one
+    # sync: in this process; async: a process each; vector_entry_point: their own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
 
     # Rollout
@@ -147,7 +148,7 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
 
     Raises InputError if it cannot be made, or cannot be trained on.
     """
-    module = "ale_py:" if args.env_id.startswith("ALE/") else ""  # it registers the Atari games
+    module = "ale_py:" if args.env_id.startswith("ALE/") else ""  # importing it registers them
     kwargs = dict(args.env_kwargs)
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
@@ -171,7 +172,7 @@ class RunningStats(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merge the rows x (B, *shape) with those before (Chan, Golub, LeVeque 1983)."""
-        rows = x.cpu().double()
+        rows = x.cpu().double()  # mps has no float64
         mean = self.mean.cpu().double()
         std = self.std.cpu().double()
         weight = len(rows) / (len(rows) + self.count.item())  # of the new rows among all
@@ -210,7 +211,7 @@ class Categorical(NamedTuple):
     Actions are (B,) or (B, C), log-probabilities and entropies, in nats, (B,).
     """
 
-    logp: Tensor  # (B, options) or (B, C, options), log-probabilities; -1e9 if there is none
+    logp: Tensor  # (B, options) or (B, C, options), log-probabilities; -1e9 for absent ones
 
     def mode(self) -> Tensor:
         return self.logp.argmax(-1)
@@ -245,10 +246,10 @@ class Gaussian(NamedTuple):
 
     def log_prob(self, action: Tensor) -> Tensor:
         z = (action - self.mean) / self.log_std.exp()
-        return -0.5 * z.square().sum(1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+        return -0.5 * z.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
         return entropy.expand(len(self.mean))
 
 
@@ -271,8 +272,10 @@ class Agent(nn.Module):
         if isinstance(action_space, spaces.Discrete):
             num_outputs = int(action_space.n)
         elif isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary):
-            # Every choice gets as many outputs as the one with most options; a bit has two options.
-            options = np.ravel(getattr(action_space, "nvec", np.full(action_space.shape, 2)))
+            # Every choice gets as many outputs as the one with most options.
+            is_bits = isinstance(action_space, spaces.MultiBinary)
+            options = np.full(action_space.shape, 2) if is_bits else action_space.nvec
+            options = options.ravel()  # (C,)
             self.action_shape = options.shape
             absent = torch.from_numpy(np.arange(options.max()) >= options[:, None])
             num_outputs = absent.numel()
@@ -281,7 +284,7 @@ class Agent(nn.Module):
             self.action_shape = (num_outputs,)
             self.action_dtype = np.float32
             self.log_std = nn.Parameter(torch.full((num_outputs,), float(args.log_std_init)))
-            # [-1, 1] is mapped to [low, high] if both are real bounds; else nothing is mapped.
+            # Dimensions with two real bounds are mapped from [-1, 1], others left as they are.
             low = action_space.low.astype(np.float64)
             high = action_space.high.astype(np.float64)
             bounded = (low >= -1e6) & (high <= 1e6)
@@ -293,6 +296,7 @@ class Agent(nn.Module):
             supported = "Discrete, MultiDiscrete, MultiBinary and Box of floats are"
             raise InputError(f"Actions {action_space} are not supported; {supported}.")
         self.register_buffer("absent", absent, persistent=False)
+        # The networks.
         sizes = [*observation_space.shape, *args.hidden_sizes]
         activation = ACTIVATIONS[args.activation]
         self.actor = mlp([*sizes, num_outputs], activation, gain=0.01)
@@ -315,10 +319,10 @@ class Agent(nn.Module):
 
     def policy(self, features: Tensor) -> Categorical | Gaussian:
         """The distribution pi(.|s), for both acting and learning."""
-        output = self.actor(features)
-        if self.log_std is not None:
+        output = self.actor(features)  # (B, num_outputs)
+        if self.log_std is not None:  # a Box
             return Gaussian(output, self.log_std)
-        if self.absent is not None:  # -inf would make the entropy nan
+        if self.absent is not None:  # several choices; -inf would make the entropy nan
             output = output.view(-1, *self.absent.shape).masked_fill(self.absent, -1e9)
         return Categorical(output.log_softmax(-1))
 
@@ -337,10 +341,10 @@ class Agent(nn.Module):
         """Convert actions (B, *action_shape) to elements (B, *space.shape) of the action space."""
         space = self.action_space
         action = action.reshape(-1, *space.shape)
-        if self.log_std is None:
-            return (action + getattr(space, "start", 0)).astype(space.dtype, copy=False)
-        mapped = action * self.scale + self.shift
-        return mapped.astype(space.dtype).clip(space.low, space.high)  # [Details] #27
+        if isinstance(space, spaces.Box):
+            mapped = action * self.scale + self.shift
+            return mapped.astype(space.dtype).clip(space.low, space.high)  # [Details] #27
+        return (action + getattr(space, "start", 0)).astype(space.dtype, copy=False)
 
     def scalars(self) -> dict[str, float]:
         """Scalars of the agent itself to log."""
@@ -375,20 +379,20 @@ class Rollout(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """M valid rows to train on; all of a rollout before they are split."""
+    """M valid rows to train on: some of a rollout's, or all of them before they are split."""
 
     obs: Tensor  # (M, *obs) float32, raw
     action: Tensor  # (M, *action_shape) int64 or float32
     logprob: Tensor  # (M,) float32, log pi_old(a|s)
-    value: Tensor  # (M,) float32, V_old(s), the centre of the value clip
-    advantage: Tensor  # (M,) float32, A; `update` normalises it
+    value: Tensor  # (M,) float32, V(s) when advantages were computed, the centre of its clip
+    advantage: Tensor  # (M,) float32, raw from `estimate_advantages`; `update` may normalise it
     target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
 def sum_by_episode(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarray) -> np.ndarray:
     """Sums (T, N) of x (T, N) over the episode so far; every step multiplies the sum by `factor`.
 
-    `last` (N,) is the sum before the first row. A row that is not valid starts a new sum.
+    `last` (N,) are the sums of the row before the first. A row that is not valid starts new ones.
     """
     sums = np.empty(x.shape)
     keep = factor * valid
@@ -404,8 +408,8 @@ def gae(
     """Generalised advantage estimation, for both kinds of episode ends.
 
     After a termination the next value is 0; after a truncation it is that of the final observation.
-    Neither gets an advantage from the next episode. Rows that are not valid come out meaningless,
-    and affect no others, because the row before each of them is done.
+    No advantage flows back across the end of an episode. Rows that are not valid come out
+    meaningless, but reach no other row, because the row before each of them is done.
 
     Takes (T, N), but value (T + 1, N). Returns advantages and targets of V, both (T, N).
     """
@@ -428,17 +432,17 @@ def ppo_loss(
     """
     dist, value = agent(minibatch.obs)
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob
-    ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1, but for rounding, at the first step
+    ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
 
     # Clipped surrogate: no incentive to move the ratio beyond 1 +- epsilon [PPO] eq. 7.
-    advantage = minibatch.advantage
+    advantage = minibatch.advantage  # (M,), normalised by `update` if args.norm_adv
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
         bounded = torch.max(surrogate, args.dual_clip * advantage)
         surrogate = torch.where(advantage < 0, bounded, surrogate)
     policy_loss = -surrogate.mean()
 
-    # Value loss: the larger of the errors of V and of V within epsilon of V_old [Details] #9.
+    # Value loss: the larger squared error, of V or of V clipped around V_old [Details] #9.
     error = (value - minibatch.target).square()
     if args.clip_vloss:
         clipped = value.clamp(minibatch.value - epsilon, minibatch.value + epsilon)
@@ -478,7 +482,8 @@ def logprob_and_value(agent: Agent, rollout: Rollout) -> tuple[Tensor, Tensor]:
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Minibatch:
     """The valid rows of a rollout with their advantages, and log pi(a|s) and V(s) by this agent.
 
-    Called between a rollout and its update, when the policy still is pi_old.
+    Between a rollout and its update that is pi_old. With --recompute-advantages `update` calls it
+    again, and keeps the log-probabilities of pi_old.
     """
     logprob, value = logprob_and_value(agent, rollout)
     reward = agent.scale_reward(rollout.reward)
@@ -503,8 +508,15 @@ def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[
         yield Minibatch._make(x[rows] for x in batch)
 
 
+def normalize(minibatch: Minibatch) -> Minibatch:
+    """The minibatch with its advantages scaled to mean 0 and deviation 1 [Details] #7."""
+    advantage = minibatch.advantage
+    scaled = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    return minibatch._replace(advantage=scaled)
+
+
 def explained_variance(value: Tensor, target: Tensor) -> Tensor:
-    """The share of the targets' variance that values explain: 1 at best, nan without variance."""
+    """The share of the targets' variance that values explain: 1 at best, not finite without any."""
     return 1 - (target - value).var() / target.var()
 
 
@@ -514,8 +526,8 @@ def collect(
 ) -> tuple[Rollout, EnvState]:
     """Act for T steps in N environments, from where the last rollout ended [Details] #1.
 
-    Actions are drawn from the generator, on whose device the agent is. The steps only act: as the
-    policy does not change meanwhile, the rest is computed from the stored rows, in one batch.
+    The generator must be on the agent's device. The loop only acts: the policy does not change
+    during a rollout, so values and log-probabilities are computed afterwards, in batches.
     """
     T = args.num_steps
     N = args.num_envs
@@ -572,28 +584,37 @@ def update(
     Stops before a step if the policy has moved further than args.target_kl. Returns the scalars of
     every step taken. Raises RuntimeError if a parameter is in no optimizer.
     """
-    check_optimizers(agent, optimizers)  # a fork may have rebound one
+    check_optimizers(agent, optimizers)  # a fork may have replaced a parameter since they were made
     parameters = list(agent.parameters())
     max_norm = args.max_grad_norm or math.inf
     infos = []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
             recomputed = estimate_advantages(agent, rollout, args)
-            batch = recomputed._replace(logprob=batch.logprob)  # that of pi_old, which acted
+            batch = recomputed._replace(logprob=batch.logprob)  # values are new, pi_old stays
         for minibatch in minibatches(batch, args.num_minibatches, generator):
-            advantage = minibatch.advantage
-            if args.norm_adv:  # [Details] #7
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            loss, info = ppo_loss(agent, minibatch._replace(advantage=advantage), args, epsilon)
+            if args.norm_adv:
+                loss, info = ppo_loss(agent, normalize(minibatch), args, epsilon)
+            else:
+                loss, info = ppo_loss(agent, minibatch, args, epsilon)
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos
             agent.zero_grad()
             loss.backward()
-            info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)  # [Details] #11
+            # Clip the gradient, and log its norm before that [Details] #11.
+            info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)
             for optimizer in optimizers:
                 optimizer.step()
             infos.append(info)
     return infos
+
+
+def anneal(optimizers: list[Optimizer], remaining: float) -> None:
+    """Let learning rates fall linearly from those the optimizers were made with [Details] #4."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            initial_lr = group.setdefault("initial_lr", group["lr"])  # checkpoints keep it
+            group["lr"] = initial_lr * remaining
 
 
 def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None = None) -> Agent:
@@ -610,10 +631,11 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     generator = Generator(device)  # for actions and minibatches; environments cannot reach it
     num_iterations = math.ceil(args.total_timesteps / (args.num_envs * args.num_steps))
     with closing_envs(make_envs(args)) as envs:
-        reseed(args)  # again, as making the environments may have drawn from the generators
+        reseed(args)  # again: constructors of environments may have drawn from the generators
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
-        # One or more of torch's, for all parameters together; eps is [Details] #3, fused is faster.
+        # A list, so that a fork may have several; together they must hold all parameters.
+        # eps: [Details] #3; fused: one kernel for all parameters, which is faster.
         optimizers = [
             torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         ]
@@ -624,21 +646,19 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
         state = restart(envs, args, first_iteration, generator)
         with closing(Run(args, envs, agent, optimizers, checkpoint)) as run:
             for iteration in range(first_iteration, num_iterations):
-                # Anneal linearly, from 1 in the first iteration towards 0 [Details] #4.
-                remaining = 1 - iteration / num_iterations
+                remaining = 1 - iteration / num_iterations  # from 1 towards 0
                 epsilon = args.clip_coef * (remaining if args.anneal_clip else 1)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        initial_lr = group.setdefault("initial_lr", group["lr"])
-                        group["lr"] = initial_lr * (remaining if args.anneal_lr else 1)
+                if args.anneal_lr:
+                    anneal(optimizers, remaining)
 
+                # Algorithm 1 of [PPO], with running statistics.
                 rollout, state = collect(agent, envs, state, args, generator)
                 if agent.return_stats is not None:
                     agent.return_stats.update(rollout.discounted_return[rollout.valid])
 
                 batch = estimate_advantages(agent, rollout, args)
                 infos = update(agent, optimizers, rollout, batch, args, epsilon, generator)
-                if agent.obs_stats is not None:  # only now: pi_old would have changed before
+                if agent.obs_stats is not None:  # only now, as this changes the policy
                     agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
                 run.log(iteration + 1, rollout, batch, infos)
@@ -674,7 +694,7 @@ PRESETS = {  # what replaces the defaults of Args; found by measurement, see the
         "log_std_init": -1.0,
     },
 }
-CHANGEABLE = (  # what a saved run may be given anew when it is resumed or evaluated
+CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evaluated
     "total_timesteps",
     "checkpoint_interval",
     "device",
@@ -707,7 +727,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     """The arguments, and the checkpoint of the run that they name, if they do.
 
     Two passes: the first finds the environment or the checkpoint, which decides on the defaults.
-    The second shows and uses them.
+    The second parses with these defaults, so that --help shows them.
     """
     auto = Args(preset="auto")
     first, unknown = tyro.cli(
@@ -877,8 +897,8 @@ def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -
     """Reset environments and generators, by seeds that follow from args.seed and iteration.
 
     Done at the start and at every checkpoint, so that resumed and unbroken runs go on alike, bit
-    for bit, though no state of environments or generators is saved. Episodes under way are cut:
-    they are not marked as ended, and do not count.
+    for bit, though no state of environments or generators is saved. Unfinished episodes are
+    dropped: they are not marked as done, and their returns do not count.
     """
     env_seed, run_seed = reseed(args, iteration)
     generator.manual_seed(run_seed)
@@ -992,12 +1012,12 @@ class Run:
             scalars["charts/episodic_return_min"] = min(returns)
             scalars["charts/episodic_return_max"] = max(returns)
         for tag, value in scalars.items():
-            if math.isfinite(value):  # explained variance is nan if all targets are equal
+            if math.isfinite(value):  # explained variance is not if all targets are equal
                 self.writer.add_scalar(tag, value, step)
         self.show(iteration, speed)
 
     def show(self, iteration: int, speed: float) -> None:
-        """Show the progress: on a terminal in one line that updates itself, in a file in 32."""
+        """Show the progress: on a terminal one line that updates itself, else 32 lines a run."""
         total = self.num_iterations
         step = iteration * self.batch_size
         self.progress = f"{step:,} steps ({iteration / total:.0%}), {speed:,.0f} steps/s"
@@ -1136,8 +1156,8 @@ def evaluate(
         checkpoint = load(path)
     args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10)
     check(args, checkpoint)
-    set_up(replace(args, device="cpu"))
-    agent = make_agent(checkpoint, args, agent_class)
+    device = set_up(args)
+    agent = make_agent(checkpoint, args, agent_class).to(device)
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     return play(agent, args, folder, checkpoint["global_step"])
 
