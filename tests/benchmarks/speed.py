@@ -283,7 +283,7 @@ def profile(name, mode):
         "update": {
             "ppo_loss": ppo,
             "Tensor.backward": torch.Tensor,
-            "clip_grad_norm_": torch.nn.utils,
+            "clip_gradients": ppo,
             "Adam.zero_grad": adam,
             "Adam.step": adam,
         },
