@@ -1111,7 +1111,7 @@ def load(path: str) -> dict:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:  # torch itself checks no checksums
                 raise ValueError("it is damaged")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = dict(torch.load(file, map_location="cpu", weights_only=True))
         if checkpoint["format"] != 3:
             raise ValueError(f"its format is {checkpoint['format']}, not 3")
         args = Args(**checkpoint["args"])
@@ -1123,7 +1123,7 @@ def load(path: str) -> dict:
 
 def unusable(file: str, error: Exception) -> InputError:
     """What to say of a checkpoint that cannot be used."""
-    reason = " ".join(str(error).split()).partition(". ")[0]  # its first sentence
+    reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")  # its first sentence
     return InputError(f"Cannot use {file}: {type(error).__name__}: {reason}.")
 
 
@@ -1185,6 +1185,8 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     generator = Generator(device).manual_seed(run_seed)
     envs = make_envs(replace(args, num_envs=1), "rgb_array" if args.capture_video else None)
     if args.capture_video:
+        if envs.render_mode != "rgb_array":
+            raise InputError(f"{args.env_id} cannot be filmed: it has no render_mode rgb_array.")
         envs = RecordVideo(
             envs,
             os.path.join(folder, "videos"),

@@ -186,10 +186,18 @@ def gaussian(mean):
     return ppo.Gaussian(mean, log_std), distributions.Independent(normal, 1)
 
 
+def gaussian_by_state(mean):
+    """As a fork may have it, whose deviation is an output of its network."""
+    log_std = 0.3 * mean.flip(-1) - 0.5
+    normal = distributions.Normal(mean, log_std.exp())
+    return ppo.Gaussian(mean, log_std), distributions.Independent(normal, 1)
+
+
 PAIRS = {
     "categorical": (categorical, (50, 4)),
     "several": (several, (50, 3, 4)),
     "gaussian": (gaussian, (50, 4)),
+    "gaussian by state": (gaussian_by_state, (50, 4)),
 }
 
 
@@ -450,6 +458,14 @@ def test_bounded_dimensions_are_mapped_and_all_are_clipped():
     action = [[0, 0, 0, 0], [1, -1, 5, 5], [0.5, 0.5, -7, 2], [3, -3, 1e9, -3]]
     expected = [[0, 5, 0, 1], [2, 0, 5, 5], [1, 7.5, -7, 2], [2, 0, 1e9, 1]]
     np.testing.assert_allclose(agent.to_env(np.array(action, np.float32)), expected)
+
+
+def test_the_mapping_goes_by_the_space():
+    """Not by the distribution, of which a fork may have another."""
+    agent = ppo.Agent(OBS, ACTIONS["box asymmetric"], ppo.Args())
+    agent.log_std = None
+    sent = agent.to_env(np.array([[-1, 0.5], [3, -3]], np.float32))
+    np.testing.assert_allclose(sent, [[0, 0.125], [1000, -1]])
 
 
 def test_dimensions_with_huge_bounds_are_not_mapped():

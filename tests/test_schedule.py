@@ -116,6 +116,30 @@ def test_annealing_of_the_learning_rate(anneal, steps):
         assert [step[first][0] for step in epoch] == pytest.approx(logged)
 
 
+def test_each_group_is_annealed_from_its_own_learning_rate():
+    """Also where optimizers are loaded from a checkpoint on the way."""
+
+    def make_optimizers():
+        x, y, z = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+        groups = [{"params": [x], "lr": 0.4}, {"params": [y]}]
+        return [torch.optim.Adam(groups, lr=0.1), torch.optim.SGD([z], lr=2.0)]
+
+    def rates(optimizers):
+        return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    optimizers = make_optimizers()
+    ppo.anneal(optimizers, 1.0)
+    assert rates(optimizers) == [0.4, 0.1, 2.0]
+    ppo.anneal(optimizers, 0.75)
+    assert rates(optimizers) == pytest.approx([0.3, 0.075, 1.5])
+    loaded = make_optimizers()
+    for optimizer, saved in zip(loaded, optimizers, strict=True):
+        optimizer.load_state_dict(saved.state_dict())
+    for resumed in (optimizers, loaded):
+        ppo.anneal(resumed, 0.5)
+        assert rates(resumed) == pytest.approx([0.2, 0.05, 1.0])
+
+
 @pytest.mark.parametrize("anneal", [True, False])
 def test_annealing_of_the_clipping(anneal):
     """By the fraction of 100 rows whose ratio, 1.0005 to 1.0995, is outside: all are valid here."""
@@ -201,6 +225,24 @@ def test_gradients_are_clipped_by_their_global_norm(max_grad_norm, example):
     assert whole.norm() > 0.2
     assert clipped.norm().item() == pytest.approx(max_grad_norm, rel=1e-3)
     torch.testing.assert_close(clipped, whole * max_grad_norm / whole.norm(), atol=1e-6, rtol=1e-2)
+
+
+def test_gradients_of_zero_stay_so():
+    """An infinite bound, and a parameter without a gradient, are no trouble either."""
+    x, y, unused = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    for max_norm in (0.5, math.inf):
+        x.grad = torch.zeros(2)
+        y.grad = torch.zeros(2)
+        assert ppo.clip_gradients([x, unused, y], max_norm) == 0
+        assert x.grad.tolist() == y.grad.tolist() == [0, 0]
+    x.grad = torch.tensor([3.0, 0.0])
+    y.grad = torch.tensor([0.0, -4.0])
+    assert ppo.clip_gradients([x, unused, y], math.inf) == 5
+    assert x.grad.tolist() == [3, 0]
+    assert ppo.clip_gradients([x, unused, y], 1.0) == 5
+    assert x.grad.tolist() == pytest.approx([0.6, 0])
+    assert y.grad.tolist() == pytest.approx([0, -0.8])
+    assert unused.grad is None
 
 
 def test_no_gradient_is_left_over_from_before(example):
