@@ -104,7 +104,8 @@ class Args:
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, e.g. '{"size": 5}'
-    # defaults to start from; the command line's auto is continuous for Box actions, else none
+    # set of defaults: none, continuous (for Box actions), or auto, which picks by the actions;
+    # on the command line it is auto
     preset: Literal["auto", "none", "continuous"] = "none"
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: in this process; async: a process each; vector_entry_point: their own vector version
@@ -130,7 +131,8 @@ class Args:
     clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
     anneal_clip: bool = False  # let epsilon fall linearly over the run (off: constant)
     clip_vloss: bool = True  # also clip the change of the value function to epsilon (off: do not)
-    dual_clip: float | None = None  # c > 1; surrogate is at least c A where A < 0 (None: off)
+    # bound the loss of bad actions: where A < 0 the surrogate is at least c A, c > 1 (None: off)
+    dual_clip: float | None = None
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
 
@@ -373,7 +375,7 @@ class Rollout(NamedTuple):
     terminated: Tensor  # (T, N) bool, the episode ended in a state that has no future
     done: Tensor  # (T, N) bool, the episode ended, terminated or truncated
     valid: Tensor  # (T, N) bool, the action was carried out: the row before ended no episode
-    discounted_return: Tensor  # (T, N) float32, discounted sum of the episode's rewards so far
+    discounted_return: Tensor  # (T, N) float32, gamma times that of the row before, plus reward
     episode_return: Tensor  # (T, N) float32, sum of the episode's rewards so far
     episode_length: Tensor  # (T, N) float32, steps of the episode so far
 
@@ -509,11 +511,9 @@ def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[
         yield Minibatch._make(parts[i] for parts in split)
 
 
-def normalize(minibatch: Minibatch) -> Minibatch:
-    """The minibatch with its advantages scaled to mean 0 and deviation 1 [Details] #7."""
-    advantage = minibatch.advantage
-    scaled = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    return minibatch._replace(advantage=scaled)
+def normalize(x: Tensor) -> Tensor:
+    """x (M,), such as advantages, scaled to mean 0 and deviation 1 [Details] #7."""
+    return (x - x.mean()) / (x.std() + 1e-8)
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
@@ -607,10 +607,10 @@ def update(
             recomputed = estimate_advantages(agent, rollout, args)
             batch = recomputed._replace(logprob=batch.logprob)  # values are new, pi_old stays
         for minibatch in minibatches(batch, args.num_minibatches, generator):
+            advantage = minibatch.advantage
             if args.norm_adv:
-                loss, info = ppo_loss(agent, normalize(minibatch), args, epsilon)
-            else:
-                loss, info = ppo_loss(agent, minibatch, args, epsilon)
+                advantage = normalize(advantage)
+            loss, info = ppo_loss(agent, minibatch._replace(advantage=advantage), args, epsilon)
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos
             agent.zero_grad()
