@@ -519,7 +519,7 @@ def normalize(x: Tensor) -> Tensor:
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients to a global 2-norm of at most max_norm, and return their norm [Details] #11.
 
-    As nn.utils.clip_grad_norm_, but on one vector, which takes half of its time.
+    As nn.utils.clip_grad_norm_, but on one vector, which is faster for small networks.
     """
     gradients = [x.grad for x in parameters if x.grad is not None]
     norm = torch.cat([x.flatten() for x in gradients]).norm()
