@@ -82,7 +82,10 @@ JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON
 # tyro makes a flag of each field; the comment beside or above it is the flag's help.
 @dataclass
 class Args:
-    """Train a PPO agent. Numbers may be written 1_000_000. Some defaults depend on --env-id."""
+    """Train a PPO agent. Numbers may be written 1_000_000. Some defaults depend on --env-id.
+
+    The flags are in this order: run, files, environment, rollout, update, loss, network.
+    """
 
     # Run
     exp_name: str = "ppo"  # name of the experiment, used in made-up run names
@@ -156,7 +159,11 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
         kwargs["render_mode"] = render_mode
     with explained(args.env_id, kwargs):
         envs = gym.make_vec(module + args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
-    check_spaces(args.env_id, envs)
+    try:
+        check_spaces(args.env_id, envs)
+    except InputError:
+        envs.close()
+        raise
     space = envs.single_observation_space
     is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
     return envs if is_vector else FlattenObservation(envs)
@@ -266,29 +273,39 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.action_space = action_space
+        num_outputs = self.set_action_space(action_space, args.log_std_init)
+        sizes = [*observation_space.shape, *args.hidden_sizes]
+        activation = ACTIVATIONS[args.activation]
+        self.actor = mlp([*sizes, num_outputs], activation, gain=0.01)
+        self.critic = mlp([*sizes, 1], activation, gain=1.0)  # separate networks [Details] #13, #26
+        self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
+        self.return_stats = RunningStats(()) if args.norm_reward else None
+
+    def set_action_space(self, space: spaces.Space, log_std_init: float) -> int:
+        """Set what depends on the action space, and return how many outputs the policy needs."""
+        self.action_space = space
         self.action_shape = ()
         self.action_dtype = np.int64
         self.log_std = None  # (D,), if the policy is Gaussian
         absent = None  # (C, options), if there are several choices; True where an option is none
-        if isinstance(action_space, spaces.Discrete):
-            num_outputs = int(action_space.n)
-        elif isinstance(action_space, spaces.MultiDiscrete | spaces.MultiBinary):
+        if isinstance(space, spaces.Discrete):
+            num_outputs = int(space.n)
+        elif isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
             # Every choice gets as many outputs as the one with most options.
-            is_bits = isinstance(action_space, spaces.MultiBinary)
-            options = np.full(action_space.shape, 2) if is_bits else action_space.nvec
+            is_bits = isinstance(space, spaces.MultiBinary)
+            options = np.full(space.shape, 2) if is_bits else space.nvec
             options = options.ravel()  # (C,)
             self.action_shape = options.shape
             absent = torch.from_numpy(np.arange(options.max()) >= options[:, None])
             num_outputs = absent.numel()
-        elif isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f":
-            num_outputs = math.prod(action_space.shape)
+        elif isinstance(space, spaces.Box) and space.dtype.kind == "f":
+            num_outputs = math.prod(space.shape)
             self.action_shape = (num_outputs,)
             self.action_dtype = np.float32
-            self.log_std = nn.Parameter(torch.full((num_outputs,), float(args.log_std_init)))
+            self.log_std = nn.Parameter(torch.full((num_outputs,), float(log_std_init)))
             # Dimensions with two real bounds are mapped from [-1, 1], others left as they are.
-            low = action_space.low.astype(np.float64)
-            high = action_space.high.astype(np.float64)
+            low = space.low.astype(np.float64)
+            high = space.high.astype(np.float64)
             bounded = (low >= -1e6) & (high <= 1e6)
             low = np.where(bounded, low, -1)
             high = np.where(bounded, high, 1)
@@ -296,15 +313,9 @@ class Agent(nn.Module):
             self.shift = (high + low) / 2  # (*space.shape)
         else:
             supported = "Discrete, MultiDiscrete, MultiBinary and Box of floats are"
-            raise InputError(f"Actions {action_space} are not supported; {supported}.")
+            raise InputError(f"Actions {space} are not supported; {supported}.")
         self.register_buffer("absent", absent, persistent=False)
-        # The networks.
-        sizes = [*observation_space.shape, *args.hidden_sizes]
-        activation = ACTIVATIONS[args.activation]
-        self.actor = mlp([*sizes, num_outputs], activation, gain=0.01)
-        self.critic = mlp([*sizes, 1], activation, gain=1.0)  # separate networks [Details] #13, #26
-        self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
-        self.return_stats = RunningStats(()) if args.norm_reward else None
+        return num_outputs
 
     def features(self, obs: Tensor) -> Tensor:
         """Observations (B, *obs) as both networks see them, scaled and clipped [Details] #28-29."""
@@ -333,11 +344,11 @@ class Agent(nn.Module):
         value = self.critic(features).squeeze(-1)
         return self.policy(features), value
 
-    @torch.no_grad()
     def act(self, obs: Tensor, greedy: bool = False, generator: Generator | None = None) -> Tensor:
         """Sample actions (B, *action_shape) for raw obs (B, *obs); greedy takes the likeliest."""
         dist = self.policy(self.features(obs))
-        return dist.mode() if greedy else dist.sample(generator)
+        action = dist.mode() if greedy else dist.sample(generator)
+        return action.detach()
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """Convert actions (B, *action_shape) to elements (B, *space.shape) of the action space."""
@@ -375,9 +386,9 @@ class Rollout(NamedTuple):
     terminated: Tensor  # (T, N) bool, the episode ended in a state that has no future
     done: Tensor  # (T, N) bool, the episode ended, terminated or truncated
     valid: Tensor  # (T, N) bool, the action was carried out: the row before ended no episode
-    discounted_return: Tensor  # (T, N) float32, gamma times that of the row before, plus reward
-    episode_return: Tensor  # (T, N) float32, sum of the episode's rewards so far
-    episode_length: Tensor  # (T, N) float32, steps of the episode so far
+    discounted_return: Tensor  # (T, N) float32, sum of the episode's discounted rewards so far
+    episode_return: np.ndarray  # (E,) float64, raw, of the E episodes that ended here
+    episode_length: np.ndarray  # (E,) float64, their steps
 
 
 class Minibatch(NamedTuple):
@@ -391,17 +402,36 @@ class Minibatch(NamedTuple):
     target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
-def sum_by_episode(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarray) -> np.ndarray:
-    """Sums (T, N) of x (T, N) over the episode so far; every step multiplies the sum by `factor`.
+def discounted_sums(
+    reward: np.ndarray, valid: np.ndarray, gamma: float, last: np.ndarray
+) -> np.ndarray:
+    """Sums (T, N) of an episode's rewards so far: gamma times that of the row before, plus reward.
 
     `last` (N,) are the sums of the row before the first. A row that is not valid starts new ones.
     """
-    sums = np.empty(x.shape)
-    keep = factor * valid
-    for t in range(len(x)):
-        last = keep[t] * last + x[t]
+    sums = np.empty(reward.shape)
+    decay = gamma * valid
+    for t in range(len(reward)):
+        last = decay[t] * last + reward[t]
         sums[t] = last
     return sums
+
+
+def sums_of_episodes(
+    x: np.ndarray, done: np.ndarray, so_far: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of x (T, N) over the E episodes that ended, by row and environment, and over the others.
+
+    `so_far` (N,) is what unfinished episodes had before the first row, and the second result (N,)
+    what they have after the last.
+    """
+    total = so_far + x.cumsum(0, dtype=np.float64)  # (T, N), of ended episodes too
+    ended = np.zeros_like(so_far)  # their part of it
+    sums = []
+    for t, n in np.argwhere(done):
+        sums.append(total[t, n] - ended[n])
+        ended[n] = total[t, n]
+    return np.array(sums), total[-1] - ended
 
 
 def gae(
@@ -417,12 +447,24 @@ def gae(
     """
     delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # [PPO] eq. 12
     decay = gamma * gae_lambda * (~done).to(delta.dtype)
-    advantage = torch.empty_like(delta)
-    next_advantage = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
-        next_advantage = delta[t] + decay[t] * next_advantage
-        advantage[t] = next_advantage
+    advantages = []
+    last = torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(delta.flip(0), decay.flip(0), strict=True):  # t from T - 1 to 0
+        last = delta_t + decay_t * last  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
+        advantages.append(last)
+    advantage = torch.stack(advantages).flip(0)
     return advantage, advantage + value[:-1]
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
+    """The surrogate objective (M,): no incentive to move ratios beyond 1 +- epsilon [PPO] eq. 7."""
+    return torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+
+
+def clipped_error(value: Tensor, old_value: Tensor, target: Tensor, epsilon: float) -> Tensor:
+    """The larger squared error (M,), of V or of V clipped around V_old [Details] #9."""
+    clipped = value.clamp(old_value - epsilon, old_value + epsilon)
+    return torch.max((value - target).square(), (clipped - target).square())
 
 
 def ppo_loss(
@@ -436,19 +478,17 @@ def ppo_loss(
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
 
-    # Clipped surrogate: no incentive to move the ratio beyond 1 +- epsilon [PPO] eq. 7.
     advantage = minibatch.advantage  # (M,), normalised by `update` if args.norm_adv
-    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    surrogate = clipped_surrogate(ratio, advantage, epsilon)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
         bounded = torch.max(surrogate, args.dual_clip * advantage)
         surrogate = torch.where(advantage < 0, bounded, surrogate)
     policy_loss = -surrogate.mean()
 
-    # Value loss: the larger squared error, of V or of V clipped around V_old [Details] #9.
-    error = (value - minibatch.target).square()
     if args.clip_vloss:
-        clipped = value.clamp(minibatch.value - epsilon, minibatch.value + epsilon)
-        error = torch.max(error, (clipped - minibatch.target).square())
+        error = clipped_error(value, minibatch.value, minibatch.target, epsilon)
+    else:
+        error = (value - minibatch.target).square()
     value_loss = 0.5 * error.mean()  # the half is OpenAI baselines', not the paper's
 
     entropy = dist.entropy().mean()
@@ -553,16 +593,17 @@ def collect(
     truncated = np.empty((T, N), bool)
     obs[0] = state.obs
     for t in range(T):
-        obs_tensor = torch.from_numpy(obs[t]).to(device)
-        action[t] = agent.act(obs_tensor, generator=generator).cpu().numpy()
+        with torch.inference_mode():  # as no_grad, but faster
+            obs_tensor = torch.from_numpy(obs[t]).to(device)
+            action[t] = agent.act(obs_tensor, generator=generator).cpu().numpy()
         obs[t + 1], reward[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(action[t]))
     check_finite(obs=obs, action=action, reward=reward)
 
     done = terminated | truncated
     valid = ~np.concatenate([state.done[None], done[:-1]])
-    discounted_return = sum_by_episode(reward, valid, args.gamma, state.discounted_return)
-    episode_return = sum_by_episode(reward, valid, 1.0, state.episode_return)
-    episode_length = sum_by_episode(valid, valid, 1.0, state.episode_length)
+    discounted_return = discounted_sums(reward, valid, args.gamma, state.discounted_return)
+    episode_return, next_return = sums_of_episodes(reward, done, state.episode_return)
+    episode_length, next_length = sums_of_episodes(valid, done, state.episode_length)
     rollout = Rollout(
         obs=torch.from_numpy(obs).to(device),
         action=torch.from_numpy(action).to(device),
@@ -571,15 +612,15 @@ def collect(
         done=torch.from_numpy(done).to(device),
         valid=torch.from_numpy(valid).to(device),
         discounted_return=torch.from_numpy(discounted_return).float().to(device),
-        episode_return=torch.from_numpy(episode_return).float().to(device),
-        episode_length=torch.from_numpy(episode_length).float().to(device),
+        episode_return=episode_return,
+        episode_length=episode_length,
     )
     next_state = EnvState(
         obs=obs[-1],
         done=done[-1],
         discounted_return=discounted_return[-1],
-        episode_return=episode_return[-1],
-        episode_length=episode_length[-1],
+        episode_return=next_return,
+        episode_length=next_length,
     )
     return rollout, next_state
 
@@ -613,7 +654,8 @@ def update(
             loss, info = ppo_loss(agent, minibatch._replace(advantage=advantage), args, epsilon)
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos
-            agent.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
             info["grad_norm"] = clip_gradients(parameters, max_norm)
             for optimizer in optimizers:
@@ -1014,16 +1056,15 @@ class Run:
         scalars["losses/explained_variance"] = explained_variance(batch.value, batch.target).item()
         scalars["charts/learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         scalars["charts/SPS"] = speed
-        returns = rollout.episode_return[rollout.done].tolist()
-        lengths = rollout.episode_length[rollout.done].tolist()
-        self.returns.extend(returns)
-        self.lengths.extend(lengths)
-        if returns:
+        returns = rollout.episode_return
+        self.returns.extend(returns.tolist())
+        self.lengths.extend(rollout.episode_length.tolist())
+        if len(returns) > 0:
             scalars["charts/episodes"] = len(returns)
-            scalars["charts/episodic_length"] = np.mean(lengths)
-            scalars["charts/episodic_return"] = np.mean(returns)
-            scalars["charts/episodic_return_min"] = min(returns)
-            scalars["charts/episodic_return_max"] = max(returns)
+            scalars["charts/episodic_length"] = rollout.episode_length.mean()
+            scalars["charts/episodic_return"] = returns.mean()
+            scalars["charts/episodic_return_min"] = returns.min()
+            scalars["charts/episodic_return_max"] = returns.max()
         for tag, value in scalars.items():
             if math.isfinite(value):  # explained variance is not if all targets are equal
                 self.writer.add_scalar(tag, value, step)
@@ -1186,6 +1227,7 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     envs = make_envs(replace(args, num_envs=1), "rgb_array" if args.capture_video else None)
     if args.capture_video:
         if envs.render_mode != "rgb_array":
+            envs.close()
             raise InputError(f"{args.env_id} cannot be filmed: it has no render_mode rgb_array.")
         envs = RecordVideo(
             envs,
@@ -1199,8 +1241,9 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
         for episode in range(args.eval_episodes):
             obs, _ = envs.reset(seed=env_seed + episode)
             for _ in range(100_000):  # an agent may balance for ever
-                obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
-                action = agent.act(obs_tensor, greedy=not args.eval_stochastic, generator=generator)
+                with torch.inference_mode():
+                    obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
+                    action = agent.act(obs_tensor, not args.eval_stochastic, generator)
                 action = agent.to_env(action.cpu().numpy())
                 obs, reward, terminated, truncated, _ = envs.step(action)
                 returns[episode] += reward.item()

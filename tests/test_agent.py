@@ -2,6 +2,7 @@
 
 import math
 
+import gymnasium as gym
 import numpy as np
 import pieces
 import pytest
@@ -572,3 +573,18 @@ def test_make_envs(mode):
     assert not reward.any()
     assert not terminated.any()
     assert not truncated.any()
+
+
+def test_make_envs_closes_what_it_refuses():
+    class Texts(gym.Env):
+        observation_space = spaces.Text(9)
+        action_space = spaces.Discrete(2)
+        closed = 0
+
+        def close(self):
+            Texts.closed += 1
+
+    gym.register("Texts-v0", Texts, disable_env_checker=True)
+    with pytest.raises(ppo.InputError, match="Text"):
+        ppo.make_envs(ppo.Args(env_id="Texts-v0", num_envs=3))
+    assert Texts.closed == 3

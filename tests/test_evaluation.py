@@ -352,8 +352,13 @@ def test_what_cannot_be_filmed_is_said_when_the_evaluation_starts(
 class Blind(probes.Match):
     """Takes a render_mode and shows nothing."""
 
+    open = 0  # how many there are
+
     def __init__(self, render_mode=None):
-        pass
+        Blind.open += 1
+
+    def close(self):
+        Blind.open -= 1
 
 
 gym.register("Blind-v0", Blind, disable_env_checker=True)
@@ -367,6 +372,7 @@ def test_an_environment_that_shows_nothing_is_refused_in_a_sentence(command):
     assert line.startswith("ppo.py: ")
     assert "Blind-v0" in line
     assert saved()["global_step"] == 64
+    assert Blind.open == 0
 
 
 def test_an_interrupt_does_not_wait_for_the_film(tmp_path):

@@ -57,6 +57,8 @@ GRADIENT = [0.0, 0.5, 0.0, -3.0, 3.3]
 
 
 def test_clipped_surrogate():
+    surrogate = ppo.clipped_surrogate(torch.tensor(RATIO), torch.tensor(ADVANTAGE), epsilon=0.2)
+    assert surrogate.tolist() == pytest.approx(SURROGATE)
     agent, loss, info = run(RATIO, ADVANTAGE)
     assert loss == pytest.approx(-sum(SURROGATE) / 5)
     assert info["policy_loss"] == pytest.approx(loss)
@@ -91,6 +93,9 @@ NONE = [0.0] * 4
 def test_value_loss_takes_the_larger_of_both_errors():
     # Values clipped to 0.2 from the old ones: 0.2, 0.1, -0.2, 1.2. Errors plain: .25, .81, 2.25,
     # .01; clipped: .64, .81, 1.44, .01. The larger: clipped (no gradient), either, plain, either.
+    columns = [torch.tensor(VALUES[name]) for name in ("value", "old_value", "target")]
+    errors = ppo.clipped_error(*columns, epsilon=0.2)
+    assert errors.tolist() == pytest.approx([0.64, 0.81, 2.25, 0.01])
     agent, loss, info = run(ONES, NONE, vf_coef=1.0, **VALUES)
     assert info["value_loss"] == pytest.approx(0.5 * (0.64 + 0.81 + 2.25 + 0.01) / 4)
     assert loss == pytest.approx(info["value_loss"])

@@ -38,6 +38,7 @@ class Account:
 
 def check_rollout(rollout, kinds, rewards, accounts):
     """Compare a rollout with how each row (T, N) ended, None for a reset, and what it gave."""
+    ended = []
     for t, n in np.ndindex(rollout.reward.shape):
         kind = kinds[t][n]
         assert rollout.valid[t, n].item() == (kind is not None)
@@ -46,8 +47,10 @@ def check_rollout(rollout, kinds, rewards, accounts):
         assert rollout.reward[t, n].item() == pytest.approx(rewards[t][n], abs=1e-6)
         discounted, total, age = accounts[n].enter(kind, rewards[t][n])
         assert rollout.discounted_return[t, n].item() == pytest.approx(discounted, abs=1e-6)
-        assert rollout.episode_return[t, n].item() == pytest.approx(total, abs=1e-6)
-        assert rollout.episode_length[t, n].item() == age
+        if kind in TERMINATED + TRUNCATED:
+            ended.append((total, age))
+    assert rollout.episode_return.tolist() == pytest.approx([total for total, _ in ended], abs=1e-6)
+    assert rollout.episode_length.tolist() == [age for _, age in ended]
 
 
 @torch.no_grad()
@@ -207,6 +210,28 @@ def test_cartpole(mode):
     assert ends["truncated"] > 0
 
 
+def test_sums_of_one_environment_after_another():
+    """Two environments; the first ends in rows 1 and 3, and row 2 only resets it."""
+    reward = np.array([[1.0, 10.0], [2.0, 20.0], [0.0, 30.0], [4.0, 40.0]])
+    done = np.array([[False, False], [True, False], [False, False], [True, True]])
+    sums, rest = ppo.sums_of_episodes(reward, done, so_far=np.array([100.0, 1000.0]))
+    assert sums.tolist() == [103.0, 4.0, 1100.0]
+    assert rest.tolist() == [0.0, 0.0]
+    sums, rest = ppo.sums_of_episodes(reward[:3], done[:3], so_far=np.array([100.0, 1000.0]))
+    assert sums.tolist() == [103.0]
+    assert rest.tolist() == [0.0, 1060.0]
+    sums, rest = ppo.sums_of_episodes(reward[:1], done[:1], so_far=rest)
+    assert sums.tolist() == []
+    assert rest.tolist() == [1.0, 1070.0]
+
+
+def test_discounted_sums_of_one_environment_after_another():
+    reward = np.array([[1.0, 10.0], [2.0, 20.0], [0.0, 30.0], [4.0, 40.0]])
+    valid = np.array([[True, True], [True, True], [False, True], [True, True]])
+    sums = ppo.discounted_sums(reward, valid, gamma=0.5, last=np.array([8.0, 0.0]))
+    assert sums.tolist() == [[5.0, 10.0], [4.5, 25.0], [0.0, 42.5], [4.0, 61.25]]
+
+
 def test_a_rollout_only_acts():
     """One batch of N observations a step goes through the policy, and nothing through the rest."""
     args = ppo.Args(env_id="Counting-v0", **FLAGS)
@@ -340,8 +365,8 @@ def test_values_come_in_chunks_of_the_whole():
         done=zeros.bool(),
         valid=zeros == 0,
         discounted_return=zeros,
-        episode_return=zeros,
-        episode_length=zeros,
+        episode_return=np.zeros(0),
+        episode_length=np.zeros(0),
     )
     batch = ppo.estimate_advantages(agent, rollout, args)
     assert max(len(obs) for obs in agent.valued) <= 4096
