@@ -18,7 +18,7 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     set_up, reseed    set torch's threads and find the device; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
     load, restore     read a checkpoint; give agent and optimizers what it holds
-    restart           resets environments and generators, at the start and at checkpoints
+    restart           resets environments and generators
     check_finite      raises if there is a nan or an infinity
     check_optimizers  raises if a parameter of the agent is in no optimizer
     Run               the folder of the run, its checkpoints, TensorBoard's log, the console
@@ -69,7 +69,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import FlattenObservation, RecordVideo
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
@@ -96,9 +96,10 @@ class Args:
 
     # Files
     resume: str | None = None  # folder of a run to continue, with the flags it was started with
-    # iterations between checkpoints; each resets the environments (None: a hundredth of the run,
-    # but at least 10,000 steps of each environment)
-    checkpoint_interval: int | None = None
+    checkpoint_interval: int | None = None  # iterations between them (None: a hundredth of all)
+    # resume bit for bit, for which every checkpoint resets all environments (None then: a
+    # hundredth, but at least 10,000 steps of each environment)
+    exact_resume: bool = False
     evaluate: str | None = None  # folder of a run, or its .pt file, to evaluate without training
     eval_episodes: int = 10  # episodes of an evaluation, also after training (0: none then)
     eval_stochastic: bool = False  # sample the actions of an evaluation (off: take the likeliest)
@@ -113,6 +114,9 @@ class Args:
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: in this process; async: a process each; vector_entry_point: their own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
+    # start first episodes with a random part of their time limit elapsed, so that environments
+    # which only the limit ends are not all at one point of their episodes (arXiv 2511.21011)
+    stagger_episodes: bool = True
 
     # Rollout
     total_timesteps: int = 500_000  # steps of all environments together, in whole rollouts
@@ -146,6 +150,36 @@ class Args:
     norm_obs: bool = True  # scale observations by running mean and deviation, clip at 10 (off: raw)
     norm_reward: bool = True  # divide rewards by the return's deviation, clip at 10 (off: raw)
 
+    @property
+    def batch_size(self) -> int:
+        """T * N, the rows of a rollout."""
+        return self.num_steps * self.num_envs
+
+    @property
+    def num_iterations(self) -> int:
+        """The rollouts of a run, each followed by an update."""
+        return math.ceil(self.total_timesteps / self.batch_size)
+
+
+# What the presets put in place of these defaults. They were found by measurement: see the README.
+PRESETS = {
+    "none": {},
+    "continuous": {
+        "total_timesteps": 1_000_000,
+        "num_envs": 64,
+        "num_steps": 32,
+        "learning_rate": 3e-4,
+        "num_minibatches": 32,
+        "update_epochs": 10,
+        "norm_adv": False,
+        "target_kl": 0.05,
+        "recompute_advantages": True,
+        "ent_coef": 0.0,
+        "vf_coef": 0.25,
+        "log_std_init": -1.0,
+    },
+}
+
 
 # --- 2. Environments ------------------------------------------------------------------------------
 def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
@@ -175,9 +209,9 @@ class RunningStats(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))  # the variance might overflow float32
-        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(shape))  # (*shape) float32
+        self.register_buffer("std", torch.ones(shape))  # (*shape); a variance might overflow
+        self.register_buffer("count", torch.tensor(0))  # () int64
 
     def update(self, x: Tensor) -> None:
         """Merge the rows x (B, *shape) with those before (Chan, Golub, LeVeque 1983)."""
@@ -231,7 +265,8 @@ class Categorical(NamedTuple):
         return (self.logp - exponential.log()).argmax(-1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        return self.logp.gather(-1, action.unsqueeze(-1)).flatten(1).sum(1)
+        chosen = self.logp.gather(-1, action.unsqueeze(-1))  # (B, 1) or (B, C, 1)
+        return chosen.flatten(1).sum(1)
 
     def entropy(self) -> Tensor:
         return -(self.logp.exp() * self.logp).flatten(1).sum(1)
@@ -341,7 +376,7 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Categorical | Gaussian, Tensor]:
         features = self.features(obs)
-        value = self.critic(features).squeeze(-1)
+        value = self.critic(features).squeeze(-1)  # (B,)
         return self.policy(features), value
 
     def act(self, obs: Tensor, greedy: bool = False, generator: Generator | None = None) -> Tensor:
@@ -375,6 +410,7 @@ class EnvState(NamedTuple):
     discounted_return: np.ndarray  # (N,) float64; these three are sums of the episode so far
     episode_return: np.ndarray  # (N,) float64
     episode_length: np.ndarray  # (N,) float64
+    staggered: np.ndarray  # (N,) bool, the episode began with steps elapsed, and does not count
 
 
 class Rollout(NamedTuple):
@@ -387,7 +423,7 @@ class Rollout(NamedTuple):
     done: Tensor  # (T, N) bool, the episode ended, terminated or truncated
     valid: Tensor  # (T, N) bool, the action was carried out: the row before ended no episode
     discounted_return: Tensor  # (T, N) float32, sum of the episode's discounted rewards so far
-    episode_return: np.ndarray  # (E,) float64, raw, of the E episodes that ended here
+    episode_return: np.ndarray  # (E,) float64, raw, of the E episodes that ended here and count
     episode_length: np.ndarray  # (E,) float64, their steps
 
 
@@ -402,36 +438,17 @@ class Minibatch(NamedTuple):
     target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
-def discounted_sums(
-    reward: np.ndarray, valid: np.ndarray, gamma: float, last: np.ndarray
-) -> np.ndarray:
-    """Sums (T, N) of an episode's rewards so far: gamma times that of the row before, plus reward.
+def running_sums(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarray) -> np.ndarray:
+    """Sums (T, N) of x (T, N) over the episode so far; every step multiplies the sum by `factor`.
 
     `last` (N,) are the sums of the row before the first. A row that is not valid starts new ones.
     """
-    sums = np.empty(reward.shape)
-    decay = gamma * valid
-    for t in range(len(reward)):
-        last = decay[t] * last + reward[t]
+    sums = np.empty(x.shape)
+    keep = factor * valid
+    for t in range(len(x)):
+        last = keep[t] * last + x[t]
         sums[t] = last
     return sums
-
-
-def sums_of_episodes(
-    x: np.ndarray, done: np.ndarray, so_far: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of x (T, N) over the E episodes that ended, by row and environment, and over the others.
-
-    `so_far` (N,) is what unfinished episodes had before the first row, and the second result (N,)
-    what they have after the last.
-    """
-    total = so_far + x.cumsum(0, dtype=np.float64)  # (T, N), of ended episodes too
-    ended = np.zeros_like(so_far)  # their part of it
-    sums = []
-    for t, n in np.argwhere(done):
-        sums.append(total[t, n] - ended[n])
-        ended[n] = total[t, n]
-    return np.array(sums), total[-1] - ended
 
 
 def gae(
@@ -447,12 +464,12 @@ def gae(
     """
     delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # [PPO] eq. 12
     decay = gamma * gae_lambda * (~done).to(delta.dtype)
-    advantages = []
-    last = torch.zeros_like(delta[0])
-    for delta_t, decay_t in zip(delta.flip(0), decay.flip(0), strict=True):  # t from T - 1 to 0
-        last = delta_t + decay_t * last  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
-        advantages.append(last)
-    advantage = torch.stack(advantages).flip(0)
+    deltas = delta.unbind()  # T rows (N,), faster to index than a tensor
+    decays = decay.unbind()
+    advantages = list(deltas)
+    for t in reversed(range(len(deltas) - 1)):  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
+        advantages[t] = deltas[t] + decays[t] * advantages[t + 1]
+    advantage = torch.stack(advantages)
     return advantage, advantage + value[:-1]
 
 
@@ -475,7 +492,7 @@ def ppo_loss(
     `epsilon` is the current clipping parameter: args.clip_coef, or less if it is annealed.
     """
     dist, value = agent(minibatch.obs)
-    logratio = dist.log_prob(minibatch.action) - minibatch.logprob
+    logratio = dist.log_prob(minibatch.action) - minibatch.logprob  # (M,)
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
 
     advantage = minibatch.advantage  # (M,), normalised by `update` if args.norm_adv
@@ -509,8 +526,8 @@ def logprob_and_value(agent: Agent, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Log pi(a|s) (T, N) and V(s) (T + 1, N) of a rollout, in chunks, so that memory is bounded."""
     logprobs = []
     values = []
-    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(4096)
-    action_chunks = rollout.action.flatten(0, 1).split(4096)
+    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(4096)  # of (T * N, *obs)
+    action_chunks = rollout.action.flatten(0, 1).split(4096)  # of (T * N, *action_shape)
     for obs, action in zip(obs_chunks, action_chunks, strict=True):
         dist, value = agent(obs)
         logprobs.append(dist.log_prob(action))
@@ -527,8 +544,8 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Minibatch
     Between a rollout and its update that is pi_old. With --recompute-advantages `update` calls it
     again, and keeps the log-probabilities of pi_old.
     """
-    logprob, value = logprob_and_value(agent, rollout)
-    reward = agent.scale_reward(rollout.reward)
+    logprob, value = logprob_and_value(agent, rollout)  # (T, N), (T + 1, N)
+    reward = agent.scale_reward(rollout.reward)  # (T, N)
     advantage, target = gae(
         reward, value, rollout.terminated, rollout.done, args.gamma, args.gae_lambda
     )
@@ -545,10 +562,10 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Minibatch
 
 def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[Minibatch]:
     """Shuffle the rows of a batch and deal them into `count` nearly equal parts [Details] #6."""
-    order = torch.randperm(len(batch.obs), generator=generator, device=generator.device)
-    split = Minibatch._make(x[order].tensor_split(count) for x in batch)  # each field into parts
-    for i in range(count):
-        yield Minibatch._make(parts[i] for parts in split)
+    rows = torch.randperm(len(batch.obs), generator=generator, device=generator.device)
+    shuffled = [x[rows].tensor_split(count) for x in batch]  # of each field, `count` parts
+    for parts in zip(*shuffled, strict=True):
+        yield Minibatch._make(parts)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -586,6 +603,7 @@ def collect(
     T = args.num_steps
     N = args.num_envs
     device = generator.device
+    # Shapes and types as in Rollout.
     obs = np.empty((T + 1, *state.obs.shape), np.float32)
     action = np.empty((T, N, *agent.action_shape), agent.action_dtype)
     reward = np.empty((T, N), np.float32)
@@ -601,9 +619,11 @@ def collect(
 
     done = terminated | truncated
     valid = ~np.concatenate([state.done[None], done[:-1]])
-    discounted_return = discounted_sums(reward, valid, args.gamma, state.discounted_return)
-    episode_return, next_return = sums_of_episodes(reward, done, state.episode_return)
-    episode_length, next_length = sums_of_episodes(valid, done, state.episode_length)
+    discounted_return = running_sums(reward, valid, args.gamma, state.discounted_return)  # (T, N)
+    episode_return = running_sums(reward, valid, 1.0, state.episode_return)  # (T, N)
+    episode_length = running_sums(valid, valid, 1.0, state.episode_length)  # (T, N)
+    is_first = done.cumsum(0) == 1  # (T, N), where done: the first end of its environment here
+    counts = done & ~(is_first & state.staggered)  # (T, N), an episode ended that counts
     rollout = Rollout(
         obs=torch.from_numpy(obs).to(device),
         action=torch.from_numpy(action).to(device),
@@ -612,15 +632,16 @@ def collect(
         done=torch.from_numpy(done).to(device),
         valid=torch.from_numpy(valid).to(device),
         discounted_return=torch.from_numpy(discounted_return).float().to(device),
-        episode_return=episode_return,
-        episode_length=episode_length,
+        episode_return=episode_return[counts],
+        episode_length=episode_length[counts],
     )
     next_state = EnvState(
         obs=obs[-1],
         done=done[-1],
         discounted_return=discounted_return[-1],
-        episode_return=next_return,
-        episode_length=next_length,
+        episode_return=episode_return[-1],
+        episode_length=episode_length[-1],
+        staggered=state.staggered & ~done.any(0),
     )
     return rollout, next_state
 
@@ -684,7 +705,6 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     check(args, checkpoint)
     device = set_up(args)
     generator = Generator(device)  # for actions and minibatches; environments cannot reach it
-    num_iterations = math.ceil(args.total_timesteps / (args.num_envs * args.num_steps))
     with closing_envs(make_envs(args)) as envs:
         reseed(args)  # again: constructors of environments may have drawn from the generators
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
@@ -695,20 +715,20 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
             torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         ]
         first_iteration = restore(checkpoint, agent, optimizers)
-        if first_iteration >= num_iterations:
+        if first_iteration >= args.num_iterations:
             print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
             return agent
         state = restart(envs, args, first_iteration, generator)
-        with closing(Run(args, envs, agent, optimizers, checkpoint)) as run:
-            for iteration in range(first_iteration, num_iterations):
-                remaining = 1 - iteration / num_iterations  # from 1 towards 0
+        with Run(args, envs, agent, optimizers, checkpoint) as run:
+            for iteration in range(first_iteration, args.num_iterations):
+                remaining = 1 - iteration / args.num_iterations  # from 1 towards 0
                 epsilon = args.clip_coef * (remaining if args.anneal_clip else 1)
                 if args.anneal_lr:
                     anneal(optimizers, remaining)
 
                 # Algorithm 1 of [PPO], with running statistics.
                 rollout, state = collect(agent, envs, state, args, generator)
-                if agent.return_stats is not None:
+                if agent.return_stats is not None:  # this rollout's rewards are scaled by it, too
                     agent.return_stats.update(rollout.discounted_return[rollout.valid])
 
                 batch = estimate_advantages(agent, rollout, args)
@@ -717,8 +737,8 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
                     agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
                 run.log(iteration + 1, rollout, batch, infos)
-                if run.checkpoint_is_due(iteration + 1):
-                    run.save(iteration + 1)
+                run.keep(iteration + 1)
+                if args.exact_resume and run.checkpoint_is_due(iteration + 1):
                     # A resumed run starts from reset environments, so this one does so too.
                     state = restart(envs, args, iteration + 1, generator)
         if args.eval_episodes > 0:
@@ -732,23 +752,6 @@ class InputError(ValueError):
     """The request is invalid; the message says why."""
 
 
-PRESETS = {  # what replaces the defaults of Args; found by measurement, see the README
-    "none": {},
-    "continuous": {
-        "total_timesteps": 1_000_000,
-        "num_envs": 64,
-        "num_steps": 32,
-        "learning_rate": 3e-4,
-        "num_minibatches": 32,
-        "update_epochs": 10,
-        "norm_adv": False,
-        "target_kl": 0.05,
-        "recompute_advantages": True,
-        "ent_coef": 0.0,
-        "vf_coef": 0.25,
-        "log_std_init": -1.0,
-    },
-}
 CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evaluated
     "total_timesteps",
     "checkpoint_interval",
@@ -840,9 +843,12 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
     require("activation", args.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
     require("env_kwargs", isinstance(args.env_kwargs, dict), "a JSON object: '{\"size\": 5}'")
     require("resume", args.resume is None or os.path.isdir(args.resume), "the folder of a run")
-    rows = args.num_envs * (args.num_steps // 2) // args.num_minibatches
-    if rows < 2:  # a minibatch of one row has no deviation; every second row may be a reset
-        raise InputError("Too few --num-steps for two rows in each of --num-minibatches.")
+    rows = args.num_envs * (args.num_steps // 2)  # the others may be resets
+    if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
+        raise InputError(
+            f"--num-minibatches {args.num_minibatches} needs two rows in each, and of "
+            f"{args.batch_size} steps only {rows} are sure: raise --num-envs or --num-steps."
+        )
     if checkpoint is not None:
         check_unchanged(args, checkpoint)
 
@@ -871,8 +877,7 @@ def explained(env_id: str, kwargs: dict) -> Iterator[None]:
     try:
         yield
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
-        refused = isinstance(error, gym.error.Error | ImportError)
-        if not refused and not kwargs:
+        if not kwargs and not isinstance(error, gym.error.Error | ImportError):
             raise  # no argument was given that could be refused, so it is a bug
         hint = "; pip install ale-py" if "ale_py" in str(error) else ""
         asked = f"{env_id} with {kwargs}" if kwargs else env_id
@@ -951,13 +956,16 @@ def reseed(args: Args, *key: int) -> tuple[int, int]:
 def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -> EnvState:
     """Reset environments and generators, by seeds that follow from args.seed and iteration.
 
-    Done at the start and at every checkpoint, so that resumed and unbroken runs go on alike, bit
-    for bit, though no state of environments or generators is saved. Unfinished episodes are
-    dropped: they are not marked as done, and their returns do not count.
+    Done where a run starts or is resumed, as no state of environments or generators is saved, and
+    with --exact-resume at every checkpoint, so that resumed and unbroken runs go on alike, bit for
+    bit. Unfinished episodes are dropped: they are not marked as done, and do not count.
     """
     env_seed, run_seed = reseed(args, iteration)
     generator.manual_seed(run_seed)
     obs, _ = envs.reset(seed=env_seed)
+    staggered = np.zeros(args.num_envs, bool)
+    if args.stagger_episodes:
+        staggered = stagger(envs, run_seed)
     zeros = np.zeros(args.num_envs)
     return EnvState(
         obs=obs,
@@ -965,7 +973,28 @@ def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -
         discounted_return=zeros,
         episode_return=zeros,
         episode_length=zeros,
+        staggered=staggered,
     )
+
+
+def stagger(envs: VectorEnv, seed: int) -> np.ndarray:
+    """Let a random part of the time limit of each environment's episode be elapsed already.
+
+    Returns (N,) bool, where it is. Environments without a TimeLimit, and those that have a vector
+    version of their own, are left as they are.
+    """
+    vector = envs.unwrapped
+    untouched = np.zeros(vector.num_envs, bool)
+    if not isinstance(vector, SyncVectorEnv | AsyncVectorEnv):
+        return untouched
+    # To ask an asynchronous environment for what it lacks would end its process.
+    for name in ("_max_episode_steps", "_elapsed_steps"):
+        if not all(vector.call("has_wrapper_attr", name)):
+            return untouched
+    limits = vector.get_attr("_max_episode_steps")
+    elapsed = np.random.default_rng(seed).integers(limits)  # (N,), from 0 to the limit - 1
+    vector.set_attr("_elapsed_steps", elapsed.tolist())
+    return elapsed > 0
 
 
 class NonFiniteError(FloatingPointError):
@@ -997,7 +1026,9 @@ def check_optimizers(agent: nn.Module, optimizers: list[Optimizer]) -> None:
 class Run:
     """The folder of a run, with its checkpoints and TensorBoard's log, and what the console shows.
 
-    Raises InputError if the folder cannot be made. The first checkpoint is written at once.
+    Checkpoints are written at regular moments, after every ten minutes, and when a run is stopped:
+    a copy in memory of the last whole iteration. With --exact-resume there are only the regular
+    ones. Raises InputError if the folder cannot be made.
     """
 
     def __init__(
@@ -1011,25 +1042,29 @@ class Run:
         self.args = replace(args, resume=None)
         self.agent = agent
         self.optimizers = optimizers
-        self.batch_size = args.num_envs * args.num_steps
-        self.num_iterations = math.ceil(args.total_timesteps / self.batch_size)
         self.interval = args.checkpoint_interval
-        if self.interval is None:  # each environment has 10,000 steps between cuts, or more
-            self.interval = max(self.num_iterations // 100, math.ceil(10_000 / args.num_steps))
+        if self.interval is None:
+            fewest = math.ceil(10_000 / args.num_steps) if args.exact_resume else 1
+            self.interval = max(self.args.num_iterations // 100, fewest)
         start = checkpoint or {"iteration": 0, "returns": [], "lengths": [], "best": -math.inf}
         self.returns = deque(start["returns"], maxlen=100)  # raw, of the last episodes that ended
         self.lengths = deque(start["lengths"], maxlen=100)
         self.best = start["best"]
-        self.first_step = start["iteration"] * self.batch_size
+        self.first_step = start["iteration"] * self.args.batch_size
+        self.saved_step = self.first_step
+        self.saved_time = time.monotonic()
         self.path = args.resume or make_folder(args)
         purge_step = self.first_step + 1 if args.resume else None
         self.writer = SummaryWriter(self.path, purge_step=purge_step)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
         self.show_header(envs)
-        self.save(start["iteration"])
+        self.keep(start["iteration"])
         self.progress = f"{self.first_step:,} steps"
         self.start_time = time.perf_counter()  # so that the start-up does not count
+
+    def __enter__(self) -> "Run":
+        return self
 
     def show_header(self, envs: VectorEnv) -> None:
         """Say what is trained on what."""
@@ -1039,14 +1074,17 @@ class Run:
         print(f"run: {self.path}, from step {self.first_step:,}, preset {args.preset}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
-        print(f"agent: {size:,} parameters on {parameters[0].device}", flush=True)
+        print(f"agent: {size:,} parameters on {parameters[0].device}")
+        rows = args.batch_size // args.num_minibatches
+        minibatches = f"{args.num_minibatches} minibatches of {rows} rows"
+        print(f"update: {args.update_epochs} epochs of {minibatches}", flush=True)
 
     def log(self, iteration: int, rollout: Rollout, batch: Minibatch, infos: list[dict]) -> None:
         """Log the episodes, the mean losses and other scalars of an iteration, counted from 1.
 
         Raises NonFiniteError if a loss or a gradient was not finite.
         """
-        step = iteration * self.batch_size
+        step = iteration * self.args.batch_size
         speed = (step - self.first_step) / (time.perf_counter() - self.start_time)
         names = infos[0] if infos else ()  # there are none where the KL stop came at once
         losses = {name: torch.stack([info[name] for info in infos]).cpu().numpy() for name in names}
@@ -1072,13 +1110,13 @@ class Run:
 
     def show(self, iteration: int, speed: float) -> None:
         """Show the progress: on a terminal one line that updates itself, else 32 lines a run."""
-        total = self.num_iterations
-        step = iteration * self.batch_size
+        total = self.args.num_iterations
+        step = iteration * self.args.batch_size
         self.progress = f"{step:,} steps ({iteration / total:.0%}), {speed:,.0f} steps/s"
         if self.returns:
             means = f"return {np.mean(self.returns):.1f}, length {np.mean(self.lengths):.1f}"
             self.progress += f", {means}"
-        seconds_left = round((total - iteration) * self.batch_size / speed)
+        seconds_left = round((total - iteration) * self.args.batch_size / speed)
         line = f"{self.progress}, {timedelta(seconds=seconds_left)} left"
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
@@ -1087,45 +1125,73 @@ class Run:
             print(line, flush=True)
 
     def checkpoint_is_due(self, iteration: int) -> bool:
-        """Whether a checkpoint is to be written after so many iterations."""
-        return iteration % self.interval == 0 or iteration == self.num_iterations
+        """Whether this is a regular moment to write a checkpoint, and to choose the best one."""
+        return iteration % self.interval == 0 or iteration == self.args.num_iterations
 
-    def save(self, iteration: int) -> None:
-        """Write checkpoint.pt, and before it best.pt if the last 100 episodes were the best."""
-        self.writer.flush()  # a resumed run logs only what comes after the checkpoint
+    def keep(self, iteration: int) -> None:
+        """Copy to memory what a checkpoint holds, and write it if it is time to.
+
+        It becomes best.pt too if the last 100 episodes were the best at a regular moment.
+        """
+        is_due = self.checkpoint_is_due(iteration)
         mean = float(np.mean(self.returns)) if len(self.returns) == 100 else -math.inf
-        names = ["best.pt", "checkpoint.pt"] if mean > self.best else ["checkpoint.pt"]
-        self.best = max(mean, self.best)
-        step = iteration * self.batch_size
-        checkpoint = {
-            "format": 3,
-            "args": plain(self.args),
+        is_best = is_due and mean > self.best
+        if is_best:
+            self.best = mean
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        self.kept = {
             "iteration": iteration,
-            "global_step": step,
+            "global_step": iteration * self.args.batch_size,
             "returns": list(self.returns),
             "lengths": list(self.lengths),
             "best": self.best,
-            "agent": self.agent.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "agent": cloned(self.agent.state_dict()),
+            "optimizers": cloned(optimizers),
         }
+        if is_best:
+            self.write("best.pt", "checkpoint.pt")
+        elif is_due or (not self.args.exact_resume and time.monotonic() > self.saved_time + 600):
+            self.write("checkpoint.pt")
+
+    def write(self, *names: str) -> None:
+        """Write what is kept in memory to files, which are never half-written."""
+        self.writer.flush()  # a resumed run logs only what comes after the checkpoint
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save({"format": 3, "args": plain(self.args), **self.kept}, buffer)
         for name in names:
             path = os.path.join(self.path, name)
             with open(path + ".tmp", "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(path + ".tmp", path)  # atomic: path is never half-written
-        self.saved_step = step
+            os.replace(path + ".tmp", path)  # atomic
+        self.saved_step = self.kept["global_step"]
+        self.saved_time = time.monotonic()
 
-    def close(self) -> None:
-        """Say where the run has ended and how to go on from there, and close TensorBoard's log."""
-        seconds = round(time.perf_counter() - self.start_time)
-        print(f"\nend: {self.progress}, after {timedelta(seconds=seconds)}")
-        way = "evaluate" if self.saved_step >= self.args.total_timesteps else "resume"
-        print(f"{way} from step {self.saved_step:,}: python ppo.py --{way} {self.path}", flush=True)
-        self.writer.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Save what is not saved, say where the run ended and how to go on, and close the log."""
+        unsaved = self.saved_step < self.kept["global_step"]
+        try:
+            if unsaved and not self.args.exact_resume and not isinstance(error, NonFiniteError):
+                self.write("checkpoint.pt")
+        finally:
+            seconds = round(time.perf_counter() - self.start_time)
+            print(f"\nend: {self.progress}, after {timedelta(seconds=seconds)}")
+            step = self.saved_step
+            way = "evaluate" if step >= self.args.total_timesteps else "resume"
+            print(f"{way} from step {step:,}: python ppo.py --{way} {self.path}", flush=True)
+            self.writer.close()
+
+
+def cloned(x: object) -> object:
+    """A copy of nested dicts and lists, of which the tensors are copied too."""
+    if isinstance(x, Tensor):
+        return x.clone()
+    if isinstance(x, dict):
+        return {key: cloned(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [cloned(value) for value in x]
+    return x
 
 
 def make_folder(args: Args) -> str:

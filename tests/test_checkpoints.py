@@ -143,7 +143,7 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "runs" / "a"))
 
 
-# --- Resuming: the same bytes ---------------------------------------------------------------------
+# --- --exact-resume: the same bytes ---------------------------------------------------------------
 CASES = {
     "discrete, sync": ["--env-id=CartPole-v1", "--anneal-clip"],
     "continuous, async": [
@@ -181,6 +181,7 @@ LIVES = [
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_ends_with_the_bytes_of_one_never_stopped(case, tmp_path):
     flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS, *CASES[case]]
+    flags.append("--exact-resume")
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "killed").mkdir()
 
@@ -223,7 +224,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_never_stopped(case, tmp_path):
 def test_a_random_sigkill_from_outside(tmp_path):
     """Wherever the kill happens to strike, what is left can be resumed; the end is the same."""
     flags = ["--total-timesteps=20_000", "--checkpoint-interval=8", "--eval-episodes=0"]
-    flags += ["--run-name=a"]
+    flags += ["--run-name=a", "--exact-resume"]
     for name in ("unbroken", "killed"):
         (tmp_path / name).mkdir()
     assert run(tmp_path / "unbroken", *flags).returncode == 0
@@ -265,7 +266,7 @@ def counting(rows):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_last_hundred_episodes_go_on_where_they_ended(resumed, capsys):
     """8 iterations of 16 rows, a checkpoint, at which the episode under way is cut, and 8 more."""
-    flags = {**SMALL, "env_id": "Counting-v0", "checkpoint_interval": 8}
+    flags = {**SMALL, "env_id": "Counting-v0", "checkpoint_interval": 8, "exact_resume": True}
     if resumed:
         ppo.train(ppo.Args(**flags, total_timesteps=8 * 32))
         assert not Path("runs/a/best.pt").exists(), "the test needs fewer than 100 of them here"
@@ -290,6 +291,7 @@ def test_the_last_hundred_episodes_go_on_where_they_ended(resumed, capsys):
 def test_a_run_that_fails_is_resumed_to_the_end_that_it_would_have_had(env_id):
     """Bit for bit: after 67 steps of an environment, and again after 67 more."""
     flags = {**SMALL, "env_id": env_id, "checkpoint_interval": 4, "total_timesteps": 12 * 32}
+    flags["exact_resume"] = True
     ppo.train(ppo.Args(**{**flags, "run_name": "unbroken"}))
     with pytest.raises(EnoughError):
         ppo.train(ppo.Args(**flags), agent_class=failing_after(67))
@@ -341,6 +343,174 @@ def test_all_that_a_checkpoint_holds_matters_to_the_run_that_is_resumed():
         assert differing(expected, resumed()), name
         checkpoint[name] = before
     assert differing(expected, resumed()) == [], "all is as it was"
+
+
+# --- By default: checkpoints that change nothing --------------------------------------------------
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Noisy-v0", "Reseeding-v0"])
+def test_saving_does_not_change_the_run(env_id):
+    """Weights, optimizer, statistics, curves and returns are the same bytes with and without."""
+    flags = {**SMALL, "env_id": env_id, "total_timesteps": 12 * 32}
+    for name, interval in (("often", 1), ("never", 100), ("default", None)):
+        args = ppo.Args(**{**flags, "run_name": name}, checkpoint_interval=interval)
+        ppo.train(args)
+    for name in ("often", "default"):
+        names = differing(saved(f"runs/{name}"), saved("runs/never"))
+        assert set(names) <= {".args.run_name", ".args.checkpoint_interval"}
+        assert curves(f"runs/{name}") == curves("runs/never")
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_episodes_longer_than_the_interval_end(interval):
+    """Of 40 steps, more than two rollouts, saved after each: the return is that of a whole one."""
+    gym.register("Long-v0", probes.Forever, disable_env_checker=True, max_episode_steps=40)
+    flags = {**SMALL, "env_id": "Long-v0", "checkpoint_interval": interval}
+    ppo.train(ppo.Args(**flags, total_timesteps=6 * 32, stagger_episodes=False))
+    assert saved()["returns"] == [40.0] * 4
+
+
+def resumed_halfway(env_id, **more):
+    """The checkpoints, half and whole, of a run that failed in its eighth iteration, and went on.
+
+    Between the regular moments 5 and 10 the seventh iteration is saved.
+    """
+    flags = {**SMALL, "env_id": env_id, "checkpoint_interval": 5, "total_timesteps": 12 * 32}
+    args = ppo.Args(**flags, **more)
+    with pytest.raises(EnoughError):
+        ppo.train(args, agent_class=failing_after(7 * 16 + 3))
+    half = saved()
+    ppo.train(dataclasses.replace(args, resume="runs/a"))
+    return half, saved()
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_a_resumed_run_goes_on_with_all_that_is_ours(env_id):
+    """Schedules, optimizer, statistics, returns and curves, from the last whole iteration."""
+    half, whole = resumed_halfway(env_id, anneal_clip=True)
+    assert half["iteration"] == 7
+    assert whole["iteration"] == 12
+    for checkpoint in (half, whole):
+        (optimizer,) = checkpoint["optimizers"]
+        counts = {state["step"].item() for state in optimizer["state"].values()}
+        assert counts == {checkpoint["iteration"] * 2 * 2}, "epochs, minibatches"
+    log = curves()
+    assert [step for step, _ in log["losses/policy_loss"]] == list(range(32, 385, 32))
+    rates = [rate for _, rate in log["charts/learning_rate"]]
+    assert rates == pytest.approx([2.5e-4 * (1 - i / 12) for i in range(12)])
+    # Valid rows: all but those that reset, one for each episode that ended before the last row.
+    for name, count in (("obs_stats", "count"), ("return_stats", "count")):
+        seen = whole["agent"][f"{name}.{count}"].item()
+        assert half["agent"][f"{name}.{count}"].item() < seen <= 384
+    if env_id == "CartPole-v1":
+        count = len(half["returns"])
+        assert count > 3
+        assert whole["returns"][:count] == half["returns"]
+        assert len(whole["returns"]) > count
+
+
+def interrupting(count, at, number):
+    """A class of agents that send a signal in their `count`th action or minibatch."""
+
+    class Interrupting(ppo.Agent):
+        acted = 0
+        learnt = 0
+
+        def act(self, *args, **kwargs):
+            self.acted += 1
+            if (at, self.acted) == ("rollout", count):
+                signal.raise_signal(number)
+            return super().act(*args, **kwargs)
+
+        def forward(self, obs):
+            self.learnt += torch.is_grad_enabled()
+            if torch.is_grad_enabled() and (at, self.learnt) == ("update", count):
+                signal.raise_signal(number)
+            return super().forward(obs)
+
+    return Interrupting
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("at", "count"), [("rollout", 7 * 16 + 5), ("update", 7 * 4 + 3)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_a_signal_leaves_is_the_unbroken_run_so_far(at, count, exact, number, code, capsys):
+    """Iteration 7 of 12, bit for bit, though it fell to no regular moment; or 5, which did."""
+    flags = {**SMALL, "total_timesteps": 12 * 32, "checkpoint_interval": 5, "exact_resume": exact}
+    args = ppo.Args(**flags)
+    signal.signal(number, ppo.leave)
+    with pytest.raises(SystemExit) as leaving:
+        ppo.train(args, agent_class=interrupting(count, at, number))
+    assert leaving.value.code == code
+    expected = 5 if exact else 7
+    step = 32 * expected
+    assert saved()["global_step"] == step
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"resume from step {step}: python ppo.py --resume runs/a"
+    if not exact:
+        unbroken = dataclasses.replace(args, run_name="unbroken", checkpoint_interval=1)
+        with pytest.raises(EnoughError):
+            ppo.train(unbroken, agent_class=failing_after(7 * 16 + 1))
+        names = differing(saved(), saved("runs/unbroken"))
+        assert names == [".args.run_name", ".args.checkpoint_interval"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "exact", "expected"),
+    [
+        (2, False, [0, 301, 602, 903]),  # an iteration is 2 seconds long, and 600 not yet enough
+        (3, False, [0, 201, 402, 603, 804, 1005]),
+        (3, True, [0]),
+    ],
+)
+def test_a_slow_run_is_saved_every_ten_minutes(seconds, exact, expected, monkeypatch):
+    """By a clock that each rollout's 16 steps of the first environment move on."""
+    now = 0.0
+    steps = itertools.count(1)
+
+    class Slow(Still):
+        def act(self, *args, **kwargs):
+            nonlocal now
+            if next(steps) % 16 == 0:
+                now += seconds
+            return super().act(*args, **kwargs)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    Watcher.begin()
+    flags = {**SMALL, "update_epochs": 1, "num_minibatches": 1, "hidden_sizes": ()}
+    args = ppo.Args(
+        env_id="Watcher-v0",
+        total_timesteps=1020 * 32,
+        checkpoint_interval=2000,
+        exact_resume=exact,
+        **flags,
+    )
+    ppo.train(args, agent_class=Slow)
+    assert Watcher.iterations == expected
+    assert saved()["iteration"] == 1020
+
+
+def test_best_is_chosen_at_regular_moments_only(monkeypatch):
+    """RiseAndFall is at its best in iteration 10, which the clock saves, but 4, 8, 12 count."""
+    now = 0.0
+
+    class Late(ppo.Agent):
+        rollouts = 0
+
+        def scale_reward(self, reward):  # once an iteration
+            nonlocal now
+            self.rollouts += 1
+            if self.rollouts == 10:
+                now = 601.0
+            if self.rollouts == 11:
+                assert saved()["iteration"] == 10, "the clock has saved it"
+            return super().scale_reward(reward)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    flags = {"env_id": "RiseAndFall-v0", "run_name": "a", "eval_episodes": 0}
+    args = ppo.Args(**flags, total_timesteps=20 * 512, checkpoint_interval=4)
+    ppo.train(args, agent_class=Late)
+    best = torch.load("runs/a/best.pt")
+    assert best["iteration"] == 8, "its mean is -100, that of 12 is -156"
+    assert saved()["best"] == best["best"]
 
 
 # --- What is written, and when --------------------------------------------------------------------
@@ -413,25 +583,35 @@ gym.register("Watcher-v0", Watcher, disable_env_checker=True)
         (6, 384, [0, 6]),
         (12, 384, [0]),
         (100, 384, [0]),
-        (None, 384, [0]),
-        (None, 700 * 32, [0, 625]),  # 10,000 steps of 16 an iteration
+        (None, 384, list(range(12))),
+        (None, 250 * 32, list(range(0, 250, 2))),
+        ("exact", 384, [0]),
+        ("exact", 700 * 32, [0, 625]),  # 10,000 steps of 16 an iteration
     ],
 )
 def test_when_checkpoints_are_written(interval, total, expected):
-    """At the start, at every interval and at the end."""
+    """At the start, at every interval, by default a hundredth of the run, and at the end."""
     Watcher.begin()
     flags = {**SMALL, "update_epochs": 1, "env_id": "Watcher-v0"}
+    if interval == "exact":
+        interval = None
+        flags["exact_resume"] = True
     ppo.train(ppo.Args(**flags, checkpoint_interval=interval, total_timesteps=total))
     assert Watcher.iterations == expected
     assert saved()["iteration"] == total // 32
 
 
-def test_the_default_interval_of_a_long_run_is_a_hundredth():
+def test_the_default_interval_of_a_long_exact_run_is_a_hundredth():
     """Long, by rollouts that each have 10,000 steps of an environment, half of them resets."""
     Watcher.begin(enough=20_001)
     flags = {"num_envs": 1, "num_steps": 10_000, "num_minibatches": 1, "update_epochs": 1}
     args = ppo.Args(
-        env_id="Watcher-v0", run_name="a", total_timesteps=2_500_000, hidden_sizes=(), **flags
+        env_id="Watcher-v0",
+        run_name="a",
+        total_timesteps=2_500_000,
+        hidden_sizes=(),
+        exact_resume=True,
+        **flags,
     )
     with pytest.raises(EnoughError):
         ppo.train(args, agent_class=Still)
@@ -447,10 +627,10 @@ def test_the_default_interval_of_a_long_run_is_a_hundredth():
         (10, 1, [*range(1, 11)]),  # it ends in the last row, and none resets
     ],
 )
-def test_a_checkpoint_cuts_the_episodes_and_what_hangs_on_them(num_steps, interval, steps, resumed):
+def test_exact_checkpoints_cut_episodes_and_what_hangs_on_them(num_steps, interval, steps, resumed):
     """Forever's episodes last 10 steps. Begun anew at checkpoints, the second never gets there."""
-    flags = {**SMALL, "env_id": "Forever-v0", "gamma": 0.9}
-    flags |= {"num_steps": num_steps, "checkpoint_interval": interval}
+    flags = {**SMALL, "env_id": "Forever-v0", "gamma": 0.9, "stagger_episodes": False}
+    flags |= {"num_steps": num_steps, "checkpoint_interval": interval, "exact_resume": True}
     window = 2 * num_steps * interval
     if resumed:
         ppo.train(ppo.Args(**flags, total_timesteps=window))
@@ -467,9 +647,10 @@ def test_a_checkpoint_cuts_the_episodes_and_what_hangs_on_them(num_steps, interv
     assert {value for _, value in curves()["charts/episodic_length"]} == {10.0}
 
 
-def test_what_comes_after_a_checkpoint_is_new():
+def test_what_comes_after_an_exact_checkpoint_is_new():
     """Environments and actions begin anew there, but not with what they began with before."""
     flags = {**SMALL, "checkpoint_interval": 1, "total_timesteps": 4 * 32, "learning_rate": 0.0}
+    flags["exact_resume"] = True
     ppo.train(ppo.Args(**flags, env_id="Dice-v0"))
     returns = saved()["returns"]
     assert len(returns) == 4 * 16
@@ -483,7 +664,7 @@ def test_what_comes_after_a_checkpoint_is_new():
 def test_what_comes_after_a_cut_has_the_value_of_the_last_observation():
     """It is neither an end nor a limit, and all that the next rollout has of it is nothing."""
     flags = {"num_steps": 4, "gamma": 0.9, "gae_lambda": 0.0, "hidden_sizes": ()}
-    args = ppo.Args(env_id="Forever-v0", **flags, norm_reward=False)
+    args = ppo.Args(env_id="Forever-v0", **flags, norm_reward=False, stagger_episodes=False)
     with pieces.learner(args) as learner:
         torch.nn.init.constant_(learner.agent.critic[-1].bias, 5.0)  # V, as observations are 0
         rollout = learner.collect()
@@ -732,10 +913,14 @@ def fail():
     raise OSError("the disk is on fire")
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("act", [fail, lambda: signal.raise_signal(signal.SIGINT)])
-def test_the_last_line_names_a_step_that_is_saved(act, number, command, monkeypatch, capsys):
-    """Whatever comes while a checkpoint is written, which takes long on a disk that is busy."""
+def test_the_last_line_names_a_step_that_is_saved(act, number, exact, command, monkeypatch, capsys):
+    """Whatever comes while a checkpoint is written, which takes long on a disk that is busy.
+
+    At the end it is written again, unless --exact-resume has regular checkpoints only.
+    """
     fsync = os.fsync
     calls = []
 
@@ -747,12 +932,13 @@ def test_the_last_line_names_a_step_that_is_saved(act, number, command, monkeypa
 
     monkeypatch.setattr(os, "fsync", failing)
     flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
+    flags.append("--exact-resume" if exact else "--no-exact-resume")
     try:
         out = command(*flags).stdout
     except OSError:
         out = capsys.readouterr().out
     step = saved()["global_step"]
-    assert step == (number - 1) * 128
+    assert step == (number - exact) * 128
     assert out.splitlines()[-1] == f"resume from step {step}: python ppo.py --resume runs/a"
 
 
@@ -776,7 +962,8 @@ def test_signals(mode, number, code, target, tmp_path):
     assert out.splitlines()[-1] == f"resume from step {step:,}: python ppo.py --resume runs/a"
     wait_for_the_end_of(process)
     events = EventAccumulator(str(path.parent)).Reload()
-    assert events.Scalars("losses/policy_loss")[-1].step >= step
+    last = events.Scalars("losses/policy_loss")[-1].step
+    assert step <= last <= step + 512, "at most the iteration under way is lost"
 
 
 def wait_for_the_end_of(process):
@@ -796,7 +983,7 @@ def wait_for_the_end_of(process):
 def test_signals_while_an_environment_is_busy(where, number, code, command, tmp_path):
     """Before the run has begun nothing is left of it; then its last line says how to go on."""
     kwargs = json.dumps({"number": number, "where": where})
-    flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--checkpoint-interval=2"]
+    flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--checkpoint-interval=9"]
     result = command(*flags, "--total-timesteps=384", *SMALL_FLAGS)
     assert (result.returncode, result.stderr) == (code, "")
     if where in (1, 20):

@@ -387,7 +387,8 @@ def test_a_run(tmp_path):
     assert header[1] == "environments: 4 x probes:Match-v0, sync"
     assert header[2] == "spaces: (1,) -> Discrete(2)"
     assert re.fullmatch(r"agent: [\d,]+ parameters on cpu", header[3])
-    assert re.match(r"2,048 steps \(100%\), [\d,]+ steps/s, return .*, 0:00:00 left", header[7])
+    assert header[4] == "update: 4 epochs of 4 minibatches of 128 rows"
+    assert re.match(r"2,048 steps \(100%\), [\d,]+ steps/s, return .*, 0:00:00 left", header[8])
     *_, end, way, evaluation = result.stdout.splitlines()
     assert end.startswith("end: 2,048 steps (100%)")
     assert way == f"evaluate from step 2,048: python ppo.py --evaluate runs/{name}"
@@ -566,7 +567,7 @@ def test_an_exception_of_the_environment_keeps_its_traceback(mode, tmp_path):
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "RuntimeError: the motor is on fire" in result.stderr
-    assert "resume from step 0: python ppo.py --resume runs/a" in result.stdout
+    assert "resume from step 128: python ppo.py --resume runs/a" in result.stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses = EventAccumulator(str(tmp_path / "runs" / "a")).Reload().Scalars("losses/policy_loss")
@@ -667,8 +668,8 @@ def test_a_full_disk_is_exit_code_1(limit, tmp_path):
     assert result.returncode == 1
     assert "File too large" in result.stderr
     if limit == 20_000:
-        assert "resume from step 0: python ppo.py --resume runs/a" in result.stdout
-        assert ppo.load("runs/a")["iteration"] == 0
+        step = ppo.load("runs/a")["global_step"]
+        assert f"resume from step {step:,}: python ppo.py --resume runs/a" in result.stdout
 
 
 def test_actions_without_bounds_bring_no_warning():

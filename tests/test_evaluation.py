@@ -242,7 +242,8 @@ def shared_torso(tmp_path, monkeypatch):
 
 def test_an_agent_of_another_class_is_trained_resumed_evaluated_and_loaded(shared_torso):
     flags = {**FLAGS, "env_id": "Match-v0", "learning_rate": 3e-3, "checkpoint_interval": 16}
-    args = ppo.Args(**{**flags, "eval_episodes": 20}, total_timesteps=32 * 64)
+    flags |= {"eval_episodes": 20, "exact_resume": True}
+    args = ppo.Args(**flags, total_timesteps=32 * 64)
     unbroken = ppo.train(replace(args, run_name="unbroken"), shared_torso)
     assert type(unbroken) is shared_torso
     with pytest.raises(EnoughError):

@@ -168,6 +168,7 @@ def test_cartpole(mode):
         gamma=0.9,
         num_envs=3,
         num_steps=127,
+        stagger_episodes=False,
         **RAW,
     )
     accounts = [Account() for _ in range(3)]
@@ -210,26 +211,17 @@ def test_cartpole(mode):
     assert ends["truncated"] > 0
 
 
-def test_sums_of_one_environment_after_another():
-    """Two environments; the first ends in rows 1 and 3, and row 2 only resets it."""
-    reward = np.array([[1.0, 10.0], [2.0, 20.0], [0.0, 30.0], [4.0, 40.0]])
-    done = np.array([[False, False], [True, False], [False, False], [True, True]])
-    sums, rest = ppo.sums_of_episodes(reward, done, so_far=np.array([100.0, 1000.0]))
-    assert sums.tolist() == [103.0, 4.0, 1100.0]
-    assert rest.tolist() == [0.0, 0.0]
-    sums, rest = ppo.sums_of_episodes(reward[:3], done[:3], so_far=np.array([100.0, 1000.0]))
-    assert sums.tolist() == [103.0]
-    assert rest.tolist() == [0.0, 1060.0]
-    sums, rest = ppo.sums_of_episodes(reward[:1], done[:1], so_far=rest)
-    assert sums.tolist() == []
-    assert rest.tolist() == [1.0, 1070.0]
-
-
-def test_discounted_sums_of_one_environment_after_another():
-    reward = np.array([[1.0, 10.0], [2.0, 20.0], [0.0, 30.0], [4.0, 40.0]])
+def test_running_sums_of_two_environments():
+    """Row 2 resets the first of them; before row 0 the sums were 8 and 0."""
+    x = np.array([[1.0, 10.0], [2.0, 20.0], [0.0, 30.0], [4.0, 40.0]])
     valid = np.array([[True, True], [True, True], [False, True], [True, True]])
-    sums = ppo.discounted_sums(reward, valid, gamma=0.5, last=np.array([8.0, 0.0]))
+    last = np.array([8.0, 0.0])
+    sums = ppo.running_sums(x, valid, 1.0, last)
+    assert sums.tolist() == [[9.0, 10.0], [11.0, 30.0], [0.0, 60.0], [4.0, 100.0]]
+    sums = ppo.running_sums(x, valid, 0.5, last)
     assert sums.tolist() == [[5.0, 10.0], [4.5, 25.0], [0.0, 42.5], [4.0, 61.25]]
+    sums = ppo.running_sums(valid, valid, 1.0, last)
+    assert sums.tolist() == [[9.0, 1.0], [10.0, 2.0], [0.0, 3.0], [1.0, 4.0]]
 
 
 def test_a_rollout_only_acts():

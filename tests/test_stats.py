@@ -155,6 +155,7 @@ def test_rewards_are_scaled_by_statistics_that_know_them():
 
     # 22 rows are two episodes and two resets, so that every rollout starts with an episode.
     flags = {"num_envs": 2, "num_steps": 22, "total_timesteps": 88, "gamma": 0.9}
+    flags["stagger_episodes"] = False
     agent = ppo.train(ppo.Args(env_id="Forever-v0", **flags), agent_class=Agent)
     sums = [sum(0.9**k for k in range(n)) for n in range(1, 11)]
     std = pytest.approx(np.std(sums), rel=1e-5)
