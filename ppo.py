@@ -96,7 +96,7 @@ class Args:
 
     # Files
     resume: str | None = None  # folder of a run to continue, with the flags it was started with
-    checkpoint_interval: int | None = None  # iterations between them (None: a hundredth of all)
+    checkpoint_interval: int | None = None  # iterations between checkpoints (None: run / 100)
     # resume bit for bit, for which every checkpoint resets all environments (None then: a
     # hundredth, but at least 10,000 steps of each environment)
     exact_resume: bool = False
