@@ -15,7 +15,7 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     explained         turns what an environment's constructor refuses into an InputError
     check_spaces      refuses environments that cannot be trained on
     check             refuses arguments out of range, or that differ from a resumed run's
-    set_up, reseed    set torch's threads and find the device; seed the process's generators
+    set_up, reseed    find the device and set torch's threads; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
     load, restore     read a checkpoint; give agent and optimizers what it holds
     restart           resets environments and generators
@@ -62,6 +62,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from importlib import import_module
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
@@ -84,7 +85,8 @@ JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON
 class Args:
     """Train a PPO agent. Numbers may be written 1_000_000. Some defaults depend on --env-id.
 
-    The flags are in this order: run, files, environment, rollout, update, loss, network.
+    The flags are in this order: run, files, environment, rollout, update, loss, network. With
+    --env-id X --help shows the defaults for X.
     """
 
     # Run
@@ -96,9 +98,11 @@ class Args:
 
     # Files
     resume: str | None = None  # folder of a run to continue, with the flags it was started with
-    checkpoint_interval: int | None = None  # iterations between checkpoints (None: run / 100)
-    # resume bit for bit, for which every checkpoint resets all environments (None then: a
-    # hundredth, but at least 10,000 steps of each environment)
+    # iterations between regular checkpoints (None: a hundredth of the run); others are written
+    # after ten minutes and when the run is stopped
+    checkpoint_interval: int | None = None
+    # let a resumed run be the unbroken one bit for bit: every checkpoint resets all environments,
+    # none is written out of turn, and by default each environment has 10,000 steps between two
     exact_resume: bool = False
     evaluate: str | None = None  # folder of a run, or its .pt file, to evaluate without training
     eval_episodes: int = 10  # episodes of an evaluation, also after training (0: none then)
@@ -108,14 +112,14 @@ class Args:
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, e.g. '{"size": 5}'
-    # set of defaults: none, continuous (for Box actions), or auto, which picks by the actions;
-    # on the command line it is auto
+    # set of defaults: none, continuous (for Box actions), or auto, which picks one of them by the
+    # actions, and is what the command line does unless told otherwise
     preset: Literal["auto", "none", "continuous"] = "none"
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: in this process; async: a process each; vector_entry_point: their own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
-    # start first episodes with a random part of their time limit elapsed, so that environments
-    # which only the limit ends are not all at one point of their episodes (arXiv 2511.21011)
+    # start first episodes, which then do not count, with a random part of their time limit elapsed:
+    # else environments that only the limit ends are all at one point of it (arXiv 2511.21011)
     stagger_episodes: bool = True
 
     # Rollout
@@ -249,12 +253,12 @@ def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequen
 
 
 class Categorical(NamedTuple):
-    """Independent choices among options, in B states [Details] #37; Discrete is a single choice.
+    """One choice (Discrete) or C independent ones [Details] #37 among options, in B states.
 
-    Actions are (B,) or (B, C), log-probabilities and entropies, in nats, (B,).
+    Actions are (B,) or (B, C), log-probabilities and entropies, in nats, (B,) in both cases.
     """
 
-    logp: Tensor  # (B, options) or (B, C, options), log-probabilities; -1e9 for absent ones
+    logp: Tensor  # (B, options) or (B, C, options), log-probabilities; -1e9 for absent options
 
     def mode(self) -> Tensor:
         return self.logp.argmax(-1)
@@ -407,9 +411,9 @@ class EnvState(NamedTuple):
 
     obs: np.ndarray  # (N, *obs), raw, to act on next
     done: np.ndarray  # (N,) bool, the last row ended an episode
-    discounted_return: np.ndarray  # (N,) float64; these three are sums of the episode so far
-    episode_return: np.ndarray  # (N,) float64
-    episode_length: np.ndarray  # (N,) float64
+    discounted_return: np.ndarray  # (N,) float64, as in Rollout, of the last row
+    episode_return: np.ndarray  # (N,) float64, sum of the episode's rewards so far
+    episode_length: np.ndarray  # (N,) float64, its steps so far
     staggered: np.ndarray  # (N,) bool, the episode began with steps elapsed, and does not count
 
 
@@ -422,7 +426,7 @@ class Rollout(NamedTuple):
     terminated: Tensor  # (T, N) bool, the episode ended in a state that has no future
     done: Tensor  # (T, N) bool, the episode ended, terminated or truncated
     valid: Tensor  # (T, N) bool, the action was carried out: the row before ended no episode
-    discounted_return: Tensor  # (T, N) float32, sum of the episode's discounted rewards so far
+    discounted_return: Tensor  # (T, N) float32, reward plus gamma times that of the row before
     episode_return: np.ndarray  # (E,) float64, raw, of the E episodes that ended here and count
     episode_length: np.ndarray  # (E,) float64, their steps
 
@@ -434,14 +438,15 @@ class Minibatch(NamedTuple):
     action: Tensor  # (M, *action_shape) int64 or float32
     logprob: Tensor  # (M,) float32, log pi_old(a|s)
     value: Tensor  # (M,) float32, V(s) when advantages were computed, the centre of its clip
-    advantage: Tensor  # (M,) float32, raw from `estimate_advantages`; `update` may normalise it
+    advantage: Tensor  # (M,) float32, not normalised
     target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
 def running_sums(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarray) -> np.ndarray:
     """Sums (T, N) of x (T, N) over the episode so far; every step multiplies the sum by `factor`.
 
-    `last` (N,) are the sums of the row before the first. A row that is not valid starts new ones.
+    `last` (N,) are the sums of the row before the first. A row that is not valid starts new ones,
+    from 0, as its x is 0.
     """
     sums = np.empty(x.shape)
     keep = factor * valid
@@ -462,15 +467,20 @@ def gae(
 
     Takes (T, N), but value (T + 1, N). Returns advantages and targets of V, both (T, N).
     """
-    delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # [PPO] eq. 12
-    decay = gamma * gae_lambda * (~done).to(delta.dtype)
+    delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # (T, N), [PPO] eq. 12
+    decay = gamma * gae_lambda * (~done).to(delta.dtype)  # (T, N)
     deltas = delta.unbind()  # T rows (N,), faster to index than a tensor
     decays = decay.unbind()
-    advantages = list(deltas)
+    advantages = list(deltas)  # right already for the last row
     for t in reversed(range(len(deltas) - 1)):  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
         advantages[t] = deltas[t] + decays[t] * advantages[t + 1]
     advantage = torch.stack(advantages)
     return advantage, advantage + value[:-1]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x (M,), such as advantages, scaled to mean 0 and deviation 1 [Details] #7."""
+    return (x - x.mean()) / (x.std() + 1e-8)
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
@@ -480,7 +490,7 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tenso
 
 def clipped_error(value: Tensor, old_value: Tensor, target: Tensor, epsilon: float) -> Tensor:
     """The larger squared error (M,), of V or of V clipped around V_old [Details] #9."""
-    clipped = value.clamp(old_value - epsilon, old_value + epsilon)
+    clipped = value.clamp(old_value - epsilon, old_value + epsilon)  # (M,)
     return torch.max((value - target).square(), (clipped - target).square())
 
 
@@ -495,7 +505,9 @@ def ppo_loss(
     logratio = dist.log_prob(minibatch.action) - minibatch.logprob  # (M,)
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
 
-    advantage = minibatch.advantage  # (M,), normalised by `update` if args.norm_adv
+    advantage = minibatch.advantage
+    if args.norm_adv:
+        advantage = normalize(advantage)
     surrogate = clipped_surrogate(ratio, advantage, epsilon)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
         bounded = torch.max(surrogate, args.dual_clip * advantage)
@@ -568,11 +580,6 @@ def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[
         yield Minibatch._make(parts)
 
 
-def normalize(x: Tensor) -> Tensor:
-    """x (M,), such as advantages, scaled to mean 0 and deviation 1 [Details] #7."""
-    return (x - x.mean()) / (x.std() + 1e-8)
-
-
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients to a global 2-norm of at most max_norm, and return their norm [Details] #11.
 
@@ -603,8 +610,7 @@ def collect(
     T = args.num_steps
     N = args.num_envs
     device = generator.device
-    # Shapes and types as in Rollout.
-    obs = np.empty((T + 1, *state.obs.shape), np.float32)
+    obs = np.empty((T + 1, *state.obs.shape), np.float32)  # (T + 1, N, *obs)
     action = np.empty((T, N, *agent.action_shape), agent.action_dtype)
     reward = np.empty((T, N), np.float32)
     terminated = np.empty((T, N), bool)
@@ -617,13 +623,13 @@ def collect(
         obs[t + 1], reward[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(action[t]))
     check_finite(obs=obs, action=action, reward=reward)
 
-    done = terminated | truncated
-    valid = ~np.concatenate([state.done[None], done[:-1]])
+    done = terminated | truncated  # (T, N)
+    valid = ~np.concatenate([state.done[None], done[:-1]])  # (T, N)
     discounted_return = running_sums(reward, valid, args.gamma, state.discounted_return)  # (T, N)
     episode_return = running_sums(reward, valid, 1.0, state.episode_return)  # (T, N)
     episode_length = running_sums(valid, valid, 1.0, state.episode_length)  # (T, N)
-    is_first = done.cumsum(0) == 1  # (T, N), where done: the first end of its environment here
-    counts = done & ~(is_first & state.staggered)  # (T, N), an episode ended that counts
+    # (T, N), an episode ended that counts; the first of a staggered environment does not.
+    counts = done & ~(state.staggered & (done.cumsum(0) == 1))
     rollout = Rollout(
         obs=torch.from_numpy(obs).to(device),
         action=torch.from_numpy(action).to(device),
@@ -667,12 +673,9 @@ def update(
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
             recomputed = estimate_advantages(agent, rollout, args)
-            batch = recomputed._replace(logprob=batch.logprob)  # values are new, pi_old stays
+            batch = recomputed._replace(logprob=batch.logprob)  # the same rows; pi_old stays
         for minibatch in minibatches(batch, args.num_minibatches, generator):
-            advantage = minibatch.advantage
-            if args.norm_adv:
-                advantage = normalize(advantage)
-            loss, info = ppo_loss(agent, minibatch._replace(advantage=advantage), args, epsilon)
+            loss, info = ppo_loss(agent, minibatch, args, epsilon)
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos
             for optimizer in optimizers:
@@ -705,13 +708,13 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     check(args, checkpoint)
     device = set_up(args)
     generator = Generator(device)  # for actions and minibatches; environments cannot reach it
+    reseed(args)  # constructors of environments may draw from the process's generators
     with closing_envs(make_envs(args)) as envs:
-        reseed(args)  # again: constructors of environments may have drawn from the generators
+        reseed(args)  # so that the networks are the same whatever was drawn
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
         # A list, so that a fork may have several; together they must hold all parameters.
-        # eps: [Details] #3; fused: one kernel for all parameters, which is faster.
-        optimizers = [
+        optimizers = [  # eps: [Details] #3; fused: one kernel for all parameters, which is faster
             torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         ]
         first_iteration = restore(checkpoint, agent, optimizers)
@@ -737,7 +740,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
                     agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
                 run.log(iteration + 1, rollout, batch, infos)
-                run.keep(iteration + 1)
+                run.save(iteration + 1)
                 if args.exact_resume and run.checkpoint_is_due(iteration + 1):
                     # A resumed run starts from reset environments, so this one does so too.
                     state = restart(envs, args, iteration + 1, generator)
@@ -841,6 +844,7 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
     require("log_std_init", -20 <= args.log_std_init <= 2, "from -20 to 2")
     require("hidden_sizes", min(args.hidden_sizes, default=1) >= 1, "at least 1 each")
     require("activation", args.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+    require("preset", args.preset in PRESETS, " or ".join(PRESETS))
     require("env_kwargs", isinstance(args.env_kwargs, dict), "a JSON object: '{\"size\": 5}'")
     require("resume", args.resume is None or os.path.isdir(args.resume), "the folder of a run")
     rows = args.num_envs * (args.num_steps // 2)  # the others may be resets
@@ -925,7 +929,10 @@ def closing_envs(envs: VectorEnv) -> Iterator[VectorEnv]:
 
 
 def set_up(args: Args) -> torch.device:
-    """Seed the process's generators, set torch's threads, and return the device to train on."""
+    """Set torch's threads and cuDNN, and return the device to train on.
+
+    Raises InputError if it is not at hand, or if the evaluation cannot be filmed.
+    """
     name = "cpu" if args.device == "auto" else args.device
     try:
         torch.zeros(1, device=name).cpu()
@@ -936,8 +943,22 @@ def set_up(args: Args) -> torch.device:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    reseed(args)
+    if args.capture_video and args.eval_episodes > 0:
+        check_film(args)
     return device
+
+
+def check_film(args: Args) -> None:
+    """Raise InputError if episodes of the environment cannot be filmed."""
+    with closing_envs(make_envs(replace(args, num_envs=1), "rgb_array")) as envs:
+        if envs.render_mode != "rgb_array":
+            raise InputError(f"{args.env_id} cannot be filmed: it has no render_mode rgb_array.")
+        envs.reset(seed=0)
+        envs.render()  # what this lacks, Gymnasium says
+    try:
+        import_module("moviepy")
+    except ImportError as error:
+        raise InputError(f"Cannot film: {error}; pip install moviepy.") from error
 
 
 def reseed(args: Args, *key: int) -> tuple[int, int]:
@@ -987,10 +1008,10 @@ def stagger(envs: VectorEnv, seed: int) -> np.ndarray:
     untouched = np.zeros(vector.num_envs, bool)
     if not isinstance(vector, SyncVectorEnv | AsyncVectorEnv):
         return untouched
-    # To ask an asynchronous environment for what it lacks would end its process.
-    for name in ("_max_episode_steps", "_elapsed_steps"):
-        if not all(vector.call("has_wrapper_attr", name)):
-            return untouched
+    # To ask an asynchronous environment for what it lacks would end its process, and others may
+    # have attributes of that name; but the string of an environment names all its wrappers.
+    if not all("TimeLimit<" in text for text in vector.call("__str__")):
+        return untouched
     limits = vector.get_attr("_max_episode_steps")
     elapsed = np.random.default_rng(seed).integers(limits)  # (N,), from 0 to the limit - 1
     vector.set_attr("_elapsed_steps", elapsed.tolist())
@@ -1051,15 +1072,14 @@ class Run:
         self.lengths = deque(start["lengths"], maxlen=100)
         self.best = start["best"]
         self.first_step = start["iteration"] * self.args.batch_size
-        self.saved_step = self.first_step
-        self.saved_time = time.monotonic()
         self.path = args.resume or make_folder(args)
         purge_step = self.first_step + 1 if args.resume else None
         self.writer = SummaryWriter(self.path, purge_step=purge_step)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
-        self.show_header(envs)
         self.keep(start["iteration"])
+        self.write()  # also of a resumed run, as its arguments may have changed
+        self.show_header(envs)
         self.progress = f"{self.first_step:,} steps"
         self.start_time = time.perf_counter()  # so that the start-up does not count
 
@@ -1082,13 +1102,15 @@ class Run:
     def log(self, iteration: int, rollout: Rollout, batch: Minibatch, infos: list[dict]) -> None:
         """Log the episodes, the mean losses and other scalars of an iteration, counted from 1.
 
-        Raises NonFiniteError if a loss or a gradient was not finite.
+        Raises NonFiniteError if a loss, a gradient, a weight or a statistic is not finite.
         """
         step = iteration * self.args.batch_size
         speed = (step - self.first_step) / (time.perf_counter() - self.start_time)
         names = infos[0] if infos else ()  # there are none where the KL stop came at once
         losses = {name: torch.stack([info[name] for info in infos]).cpu().numpy() for name in names}
         check_finite(**losses)
+        weights = self.agent.state_dict()
+        check_finite(**{name: x.flatten().cpu().numpy() for name, x in weights.items()})
         scalars = {f"losses/{name}": x.mean() for name, x in losses.items()}
         scalars |= {f"charts/{name}": x for name, x in self.agent.scalars().items()}
         scalars["losses/explained_variance"] = explained_variance(batch.value, batch.target).item()
@@ -1129,15 +1151,15 @@ class Run:
         return iteration % self.interval == 0 or iteration == self.args.num_iterations
 
     def keep(self, iteration: int) -> None:
-        """Copy to memory what a checkpoint holds, and write it if it is time to.
+        """Copy to memory what a checkpoint holds; it is best.pt too if these returns are the best.
 
-        It becomes best.pt too if the last 100 episodes were the best at a regular moment.
+        Only those at regular moments are compared, as the others depend on the clock.
         """
-        is_due = self.checkpoint_is_due(iteration)
+        names = ["checkpoint.pt"]
         mean = float(np.mean(self.returns)) if len(self.returns) == 100 else -math.inf
-        is_best = is_due and mean > self.best
-        if is_best:
+        if mean > self.best and self.checkpoint_is_due(iteration):
             self.best = mean
+            names = ["best.pt", "checkpoint.pt"]
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         self.kept = {
             "iteration": iteration,
@@ -1148,32 +1170,37 @@ class Run:
             "agent": cloned(self.agent.state_dict()),
             "optimizers": cloned(optimizers),
         }
-        if is_best:
-            self.write("best.pt", "checkpoint.pt")
-        elif is_due or (not self.args.exact_resume and time.monotonic() > self.saved_time + 600):
-            self.write("checkpoint.pt")
+        self.unsaved = names
 
-    def write(self, *names: str) -> None:
+    def save(self, iteration: int) -> None:
+        """Keep an iteration in memory, and write it to the folder if it is time to."""
+        self.keep(iteration)
+        is_late = not self.args.exact_resume and time.monotonic() > self.saved_time + 600
+        if is_late or self.checkpoint_is_due(iteration):
+            self.write()
+
+    def write(self) -> None:
         """Write what is kept in memory to files, which are never half-written."""
         self.writer.flush()  # a resumed run logs only what comes after the checkpoint
         buffer = io.BytesIO()
         torch.save({"format": 3, "args": plain(self.args), **self.kept}, buffer)
-        for name in names:
+        for name in self.unsaved:
             path = os.path.join(self.path, name)
             with open(path + ".tmp", "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)  # atomic
+        self.unsaved = []
         self.saved_step = self.kept["global_step"]
         self.saved_time = time.monotonic()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Save what is not saved, say where the run ended and how to go on, and close the log."""
-        unsaved = self.saved_step < self.kept["global_step"]
+        may_save = not self.args.exact_resume and not isinstance(error, NonFiniteError)
         try:
-            if unsaved and not self.args.exact_resume and not isinstance(error, NonFiniteError):
-                self.write("checkpoint.pt")
+            if self.unsaved and may_save:
+                self.write()
         finally:
             seconds = round(time.perf_counter() - self.start_time)
             print(f"\nend: {self.progress}, after {timedelta(seconds=seconds)}")
@@ -1184,7 +1211,7 @@ class Run:
 
 
 def cloned(x: object) -> object:
-    """A copy of nested dicts and lists, of which the tensors are copied too."""
+    """As copy.deepcopy, of nested dicts and lists with tensors, but faster."""
     if isinstance(x, Tensor):
         return x.clone()
     if isinstance(x, dict):
@@ -1292,9 +1319,6 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     generator = Generator(device).manual_seed(run_seed)
     envs = make_envs(replace(args, num_envs=1), "rgb_array" if args.capture_video else None)
     if args.capture_video:
-        if envs.render_mode != "rgb_array":
-            envs.close()
-            raise InputError(f"{args.env_id} cannot be filmed: it has no render_mode rgb_array.")
         envs = RecordVideo(
             envs,
             os.path.join(folder, "videos"),
@@ -1326,7 +1350,9 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
 
 # --- 10. Main -------------------------------------------------------------------------------------
 def leave(signum: int, _frame: object) -> None:
-    """End the process by raising SystemExit, so that context managers clean up."""
+    """End the process by raising SystemExit, so that context managers clean up, undisturbed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signum)
 
 

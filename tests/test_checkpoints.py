@@ -1023,12 +1023,87 @@ def test_workers_may_close_their_environments(tmp_path):
 
 def test_a_nan_names_the_last_checkpoint_and_leaves_it(command):
     flags = ["--env-id=probes:Faulty-v0", '--env-kwargs={"fault":"reward"}']
-    result = command(*flags, "--checkpoint-interval=2", *SMALL_FLAGS)
+    result = command(*flags, "--checkpoint-interval=2", *SMALL_FLAGS, "--num-steps=13")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("ppo.py: reward[")
     last = result.stdout.splitlines()[-1]
-    assert last == "resume from step 64: python ppo.py --resume runs/a"
+    assert last == "resume from step 52: python ppo.py --resume runs/a"
     checkpoint = saved()
-    assert checkpoint["global_step"] == 64
+    assert checkpoint["global_step"] == 52, "though the third iteration was whole, too"
     assert all(torch.isfinite(x).all() for x in checkpoint["agent"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(command):
+    """The last step of an iteration, after which no loss is computed, may have broken them."""
+    flags = ["--learning-rate=1e38", "--num-minibatches=1", "--update-epochs=1", "--run-name=a"]
+    result = command(*flags, "--total-timesteps=5000")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert re.match(r"ppo.py: (actor|critic)\.\d\.(weight|bias)\[[\d, ]+\] is ", line)
+    assert result.stdout.splitlines()[-1].startswith("resume from step 0: ")
+    assert all(torch.isfinite(x).all() for x in saved()["agent"].values())
+
+
+def test_a_second_signal_does_not_disturb_the_end(command, monkeypatch):
+    """It comes while the checkpoint is written for the first one."""
+    fsync = os.fsync
+    calls = []
+
+    def interrupted(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    kwargs = json.dumps({"number": signal.SIGINT, "where": 20})
+    flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--checkpoint-interval=9"]
+    result = command(*flags, "--total-timesteps=384", *SMALL_FLAGS)
+    assert (result.returncode, result.stderr) == (130, "")
+    line = "resume from step 64: python ppo.py --resume runs/a"
+    assert result.stdout.splitlines()[-1] == line
+    assert saved()["global_step"] == 64
+    assert len(calls) == 2
+    assert not list(Path("runs/a").glob("*.tmp"))
+
+
+def test_a_signal_while_the_best_is_written_loses_neither(command, monkeypatch):
+    """Of Dice's 12 iterations number 8 is the best; its files are the third and fourth."""
+    fsync = os.fsync
+    calls = []
+
+    def interrupted(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    flags = ["--env-id=probes:Dice-v0", "--seed=2", "--checkpoint-interval=4", *SMALL_FLAGS]
+    assert command(*flags, "--total-timesteps=384").returncode == 130
+    best = torch.load("runs/a/best.pt")
+    assert best["iteration"] == saved()["iteration"] == 8
+    assert differing(best, saved()) == []
+
+
+def test_a_resume_that_is_stopped_at_once_keeps_what_was_asked(copy, command):
+    """A larger total, of which the last line says how to go on to it."""
+    args = ppo.load("runs/a")["args"]
+    longer = dataclasses.replace(args, total_timesteps=1000, resume="runs/a")
+    with pytest.raises(EnoughError):
+        ppo.train(longer, agent_class=failing_after(3))
+    assert saved()["args"]["total_timesteps"] == 1000
+    assert "is complete" not in command("--resume=runs/a").stdout
+    assert saved()["global_step"] == 1024
+
+
+def test_a_statistic_that_is_not_finite_is_named():
+    class Odd(ppo.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("odd", torch.tensor(np.nan))
+
+    with pytest.raises(ppo.NonFiniteError, match=r"^odd\[0\] is nan$"):
+        ppo.train(ppo.Args(**SMALL, total_timesteps=64), agent_class=Odd)

@@ -41,7 +41,8 @@ def run(ratio, advantage, value=None, old_value=None, target=None, **flags):
         target=torch.tensor(target or zeros),
     )
     epsilon = flags.pop("epsilon", 0.2)
-    args = ppo.Args(**{"ent_coef": 0.0, "vf_coef": 0.0, "clip_coef": 0.2, **flags})
+    plain = {"ent_coef": 0.0, "vf_coef": 0.0, "clip_coef": 0.2, "norm_adv": False}
+    args = ppo.Args(**{**plain, **flags})
     loss, info = ppo.ppo_loss(agent, minibatch, args, epsilon)
     loss.backward()
     assert not any(x.requires_grad for x in info.values())

@@ -46,6 +46,18 @@ class Own(probes.Forever):
         return self.observe(), 1.0, False, self.t == 5, {}
 
 
+class Both(Own):
+    """As that, but the limit is said to be none, and the counter can be read alone."""
+
+    def __init__(self):
+        self._max_episode_steps = None
+
+    @property
+    def _elapsed_steps(self):
+        return self.t
+
+
+gym.register("Both-v0", Both, disable_env_checker=True)
 gym.register("Limited-v0", make_limited, disable_env_checker=True)
 gym.register("Falling-v0", Falling, disable_env_checker=True, max_episode_steps=1000)
 gym.register("Own-v0", Own, disable_env_checker=True)
@@ -163,6 +175,8 @@ def test_a_run_counts_whole_episodes_only(command):
         ("Limited-v0", "async", {"limit": None}),
         ("Own-v0", "sync", {}),
         ("Own-v0", "async", {}),
+        ("Both-v0", "sync", {}),
+        ("Both-v0", "async", {}),
         ("CartPole-v1", "vector_entry_point", {}),
     ],
 )
@@ -171,8 +185,9 @@ def test_what_has_no_time_limit_wrapper_is_left_alone(env_id, mode, kwargs):
     flags = {"env_id": env_id, "vectorization_mode": mode, "env_kwargs": kwargs}
     rollouts, states, attributes = roll(3, **flags)
     assert not states[0].staggered.any()
-    assert not any(sum(attributes[:1], ())), "_elapsed_steps"
-    if env_id == "Own-v0":
+    if attributes:
+        assert attributes[0] == (env_id == "Both-v0",) * 64, "_elapsed_steps"
+    if env_id in ("Own-v0", "Both-v0"):
         assert rows_of_ends(rollouts) == [[4, 10]] * 64
 
 

@@ -20,8 +20,8 @@ MAX_COMPLEXITY = 10
 
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
-MAX_LINES_OF_PPO = 749
-MAX_LINES = 1349
+MAX_LINES_OF_PPO = 752
+MAX_LINES = 1375
 
 
 def test_licence():
