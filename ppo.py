@@ -1026,9 +1026,9 @@ def check_finite(**arrays: np.ndarray) -> None:
     """Raise NonFiniteError if there is a nan or an infinity; the first along axis 0 is named."""
     found = []
     for name, x in arrays.items():
-        indices = np.argwhere(~np.isfinite(x)).tolist()
-        if indices:
-            index = indices[0]
+        finite = np.isfinite(x)
+        if not finite.all():
+            index = np.argwhere(~finite)[0].tolist()
             found.append((index[0], len(found), f"{name}{index} is {x[tuple(index)]}"))
     if found:
         raise NonFiniteError(min(found)[-1])
