@@ -3,6 +3,8 @@
 
     python ppo.py --env-id CartPole-v1       # half a million steps, about a minute
     python ppo.py --env-id HalfCheetah-v5    # continuous actions have defaults of their own
+    python ppo.py --env-id CarRacing-v3      # and so have images, with a convolutional network
+    python ppo.py --env-id ALE/Breakout-v5   # Atari games, as DQN and its successors play them
     python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'
     python ppo.py --resume runs/name         # continue a stopped run
     python ppo.py --evaluate runs/name       # see what it has learnt
@@ -70,7 +72,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import FlattenObservation, RecordVideo
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
@@ -94,7 +96,9 @@ class Args:
     run_name: str | None = None  # new folder in runs/ (None: env_id__exp_name__seed__time)
     seed: int = 1  # seed of networks, actions, minibatches and environments
     torch_deterministic: bool = True  # on CUDA, use cuDNN's deterministic kernels only (off: any)
-    device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: cpu, faster for small networks
+    # cpu, cuda, cuda:1, mps, ...; auto: for images cuda where there is one, else cpu, which is
+    # faster for small networks
+    device: str = "auto"
 
     # Files
     resume: str | None = None  # folder of a run to continue, with the flags it was started with
@@ -112,9 +116,9 @@ class Args:
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, e.g. '{"size": 5}'
-    # set of defaults: none, continuous (for Box actions), or auto, which picks one of them by the
-    # actions, and is what the command line does unless told otherwise
-    preset: Literal["auto", "none", "continuous"] = "none"
+    # set of defaults: none, continuous (for Box actions), image (for images), or auto, which picks
+    # one of them by the spaces, and is what the command line does unless told otherwise
+    preset: Literal["auto", "none", "continuous", "image"] = "none"
     num_envs: int = 4  # N, environments that are stepped side by side
     # sync: in this process; async: a process each; vector_entry_point: their own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
@@ -148,11 +152,13 @@ class Args:
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
 
     # Network and scaling
-    hidden_sizes: tuple[int, ...] = (64, 64)  # units of each hidden layer, policy and value alike
+    # units of each hidden layer, policy and value alike (images have a network of their own)
+    hidden_sizes: tuple[int, ...] = (64, 64)
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
     norm_obs: bool = True  # scale observations by running mean and deviation, clip at 10 (off: raw)
     norm_reward: bool = True  # divide rewards by the return's deviation, clip at 10 (off: raw)
+    clip_reward: bool = False  # learn from the sign of rewards alone, before they are divided
 
     @property
     def batch_size(self) -> int:
@@ -182,21 +188,34 @@ PRESETS = {
         "vf_coef": 0.25,
         "log_std_init": -1.0,
     },
+    "image": {  # OpenAI baselines' for Atari
+        "total_timesteps": 10_000_000,
+        "num_envs": 8,
+        "clip_coef": 0.1,
+        "norm_obs": False,
+    },
+}
+ATARI = {  # what --env-id ALE/... has beside the preset for images
+    "vectorization_mode": "vector_entry_point",
+    "clip_reward": True,  # [Details] #20
+    "norm_reward": False,
 }
 
 
 # --- 2. Environments ------------------------------------------------------------------------------
 def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
-    """Make the N environments of a run as one vector environment, with flattened observations.
+    """Make the N environments of a run as one vector environment, of vectors or images.
 
     Raises InputError if it cannot be made, or cannot be trained on.
     """
-    module = "ale_py:" if args.env_id.startswith("ALE/") else ""  # importing it registers them
     kwargs = dict(args.env_kwargs)
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
-    with explained(args.env_id, kwargs):
-        envs = gym.make_vec(module + args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
+    if is_atari(args.env_id):
+        envs = Atari(args, kwargs)
+    else:
+        with explained(args.env_id, kwargs):
+            envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
     try:
         check_spaces(args.env_id, envs)
     except InputError:
@@ -204,7 +223,27 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
         raise
     space = envs.single_observation_space
     is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
-    return envs if is_vector else FlattenObservation(envs)
+    return envs if is_vector or is_image(space) else FlattenObservation(envs)
+
+
+def channel_axis(shape: tuple[int, ...]) -> int:
+    """Which dimension of an image is its channels: the smallest of three, the last on a tie.
+
+    Of images (H, W) it is 2, where they get one.
+    """
+    if len(shape) == 2:
+        return 2
+    return 2 - int(np.argmin(shape[::-1]))
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations are images: uint8, (H, W) or with channels, large enough for the CNN."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    if len(space.shape) not in (2, 3):
+        return False
+    *_, shorter, _longer = sorted(space.shape)
+    return shorter >= 36
 
 
 # --- 3. Networks ----------------------------------------------------------------------------------
@@ -234,9 +273,8 @@ class RunningStats(nn.Module):
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    """A layer with orthogonal weights, scaled by `gain`, and biases of 0 [Details] #2."""
-    layer = nn.Linear(inputs, outputs)
+def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
+    """The layer with orthogonal weights, scaled by `gain`, and biases of 0 [Details] #2."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -246,10 +284,43 @@ def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequen
     """A multilayer perceptron with these numbers of units; `gain` scales the last layer."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes[:-1]):
-        layers.append(linear(inputs, outputs, math.sqrt(2)))
+        layers.append(orthogonal(nn.Linear(inputs, outputs), math.sqrt(2)))
         layers.append(activation())
-    layers.append(linear(sizes[-2], sizes[-1], gain))
+    layers.append(orthogonal(nn.Linear(sizes[-2], sizes[-1]), gain))
     return nn.Sequential(*layers)
+
+
+class NatureCNN(nn.Module):
+    """Features (B, 512) of images (B, *shape) uint8 (Mnih et al. 2015, doi:10.1038/nature14236)."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.axis = channel_axis(shape)
+        gain = math.sqrt(2)
+        image = self.prepared(torch.zeros(1, *shape))  # (1, channels, H, W)
+        self.layers = nn.Sequential(
+            orthogonal(nn.Conv2d(image.shape[1], 32, kernel_size=8, stride=4), gain),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, kernel_size=4, stride=2), gain),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, kernel_size=3, stride=1), gain),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        num_features = self.layers(image).shape[1]
+        self.layers.append(orthogonal(nn.Linear(num_features, 512), gain))
+        self.layers.append(nn.ReLU())
+        self.to(memory_format=torch.channels_last)  # faster than the order of torch
+
+    def prepared(self, image: Tensor) -> Tensor:
+        """Images (B, *shape), from 0 to 255, as (B, channels, H, W) from 0 to 1."""
+        if image.dim() == 3:  # without channels
+            image = image.unsqueeze(-1)
+        image = image.movedim(1 + self.axis, 1)
+        return image.contiguous(memory_format=torch.channels_last) / 255
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(self.prepared(image))
 
 
 class Categorical(NamedTuple):
@@ -313,11 +384,19 @@ class Agent(nn.Module):
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Space, args: Args):
         super().__init__()
         num_outputs = self.set_action_space(action_space, args.log_std_init)
+        self.observation_space = observation_space
+        self.obs_dtype = np.float32
+        self.cnn = None  # a torso that policy and value function share, if there are images
         sizes = [*observation_space.shape, *args.hidden_sizes]
+        if is_image(observation_space):
+            self.obs_dtype = np.uint8
+            self.cnn = NatureCNN(observation_space.shape)
+            sizes = [512]
         activation = ACTIVATIONS[args.activation]
         self.actor = mlp([*sizes, num_outputs], activation, gain=0.01)
         self.critic = mlp([*sizes, 1], activation, gain=1.0)  # separate networks [Details] #13, #26
-        self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
+        norm_obs = args.norm_obs and self.cnn is None
+        self.obs_stats = RunningStats(observation_space.shape) if norm_obs else None
         self.return_stats = RunningStats(()) if args.norm_reward else None
 
     def set_action_space(self, space: spaces.Space, log_std_init: float) -> int:
@@ -357,7 +436,12 @@ class Agent(nn.Module):
         return num_outputs
 
     def features(self, obs: Tensor) -> Tensor:
-        """Observations (B, *obs) as both networks see them, scaled and clipped [Details] #28-29."""
+        """What both networks see of raw obs (B, *obs): scaled and clipped ones [Details] #28-29.
+
+        Of images it is what the convolutional network makes of them, (B, 512).
+        """
+        if self.cnn is not None:
+            return self.cnn(obs)
         stats = self.obs_stats
         if stats is None:
             return obs
@@ -411,6 +495,7 @@ class EnvState(NamedTuple):
 
     obs: np.ndarray  # (N, *obs), raw, to act on next
     done: np.ndarray  # (N,) bool, the last row ended an episode
+    ended: np.ndarray  # (N,) bool, so it did, but not by a lost life, after which a game goes on
     discounted_return: np.ndarray  # (N,) float64, as in Rollout, of the last row
     episode_return: np.ndarray  # (N,) float64, sum of the episode's rewards so far
     episode_length: np.ndarray  # (N,) float64, its steps so far
@@ -420,9 +505,9 @@ class EnvState(NamedTuple):
 class Rollout(NamedTuple):
     """T steps of N environments. Row t leads from obs[t] to obs[t + 1]."""
 
-    obs: Tensor  # (T + 1, N, *obs) float32, raw
+    obs: Tensor  # (T + 1, N, *obs), raw, float32, or uint8 if they are images
     action: Tensor  # (T, N, *action_shape) int64 or float32, as sampled
-    reward: Tensor  # (T, N) float32, raw
+    reward: Tensor  # (T, N) float32, raw, or their signs if args.clip_reward
     terminated: Tensor  # (T, N) bool, the episode ended in a state that has no future
     done: Tensor  # (T, N) bool, the episode ended, terminated or truncated
     valid: Tensor  # (T, N) bool, the action was carried out: the row before ended no episode
@@ -434,7 +519,7 @@ class Rollout(NamedTuple):
 class Minibatch(NamedTuple):
     """M valid rows to train on: some of a rollout's, or all of them before they are split."""
 
-    obs: Tensor  # (M, *obs) float32, raw
+    obs: Tensor  # (M, *obs) float32 or uint8, raw
     action: Tensor  # (M, *action_shape) int64 or float32
     logprob: Tensor  # (M,) float32, log pi_old(a|s)
     value: Tensor  # (M,) float32, V(s) when advantages were computed, the centre of its clip
@@ -446,7 +531,7 @@ def running_sums(x: np.ndarray, valid: np.ndarray, factor: float, last: np.ndarr
     """Sums (T, N) of x (T, N) over the episode so far; every step multiplies the sum by `factor`.
 
     `last` (N,) are the sums of the row before the first. A row that is not valid starts new ones,
-    from 0, as its x is 0.
+    with its own x.
     """
     sums = np.empty(x.shape)
     keep = factor * valid
@@ -538,8 +623,8 @@ def logprob_and_value(agent: Agent, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Log pi(a|s) (T, N) and V(s) (T + 1, N) of a rollout, in chunks, so that memory is bounded."""
     logprobs = []
     values = []
-    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(4096)  # of (T * N, *obs)
-    action_chunks = rollout.action.flatten(0, 1).split(4096)  # of (T * N, *action_shape)
+    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(1024)  # of (T * N, *obs)
+    action_chunks = rollout.action.flatten(0, 1).split(1024)  # of (T * N, *action_shape)
     for obs, action in zip(obs_chunks, action_chunks, strict=True):
         dist, value = agent(obs)
         logprobs.append(dist.log_prob(action))
@@ -610,30 +695,40 @@ def collect(
     T = args.num_steps
     N = args.num_envs
     device = generator.device
-    obs = np.empty((T + 1, *state.obs.shape), np.float32)  # (T + 1, N, *obs)
+    obs = np.empty((T + 1, *state.obs.shape), agent.obs_dtype)  # (T + 1, N, *obs)
     action = np.empty((T, N, *agent.action_shape), agent.action_dtype)
     reward = np.empty((T, N), np.float32)
     terminated = np.empty((T, N), bool)
     truncated = np.empty((T, N), bool)
+    life_lost = np.zeros((T, N), bool)
     obs[0] = state.obs
     for t in range(T):
         with torch.inference_mode():  # as no_grad, but faster
             obs_tensor = torch.from_numpy(obs[t]).to(device)
             action[t] = agent.act(obs_tensor, generator=generator).cpu().numpy()
-        obs[t + 1], reward[t], terminated[t], truncated[t], _ = envs.step(agent.to_env(action[t]))
+        env_action = agent.to_env(action[t])
+        obs[t + 1], reward[t], terminated[t], truncated[t], info = envs.step(env_action)
+        if "life_lost" in info:
+            life_lost[t] = info["life_lost"]
     check_finite(obs=obs, action=action, reward=reward)
 
+    # Episodes to learn from, of which a lost life is the end, too.
     done = terminated | truncated  # (T, N)
     valid = ~np.concatenate([state.done[None], done[:-1]])  # (T, N)
-    discounted_return = running_sums(reward, valid, args.gamma, state.discounted_return)  # (T, N)
-    episode_return = running_sums(reward, valid, 1.0, state.episode_return)  # (T, N)
-    episode_length = running_sums(valid, valid, 1.0, state.episode_length)  # (T, N)
+    learnt = np.sign(reward) if args.clip_reward else reward  # (T, N)
+    discounted_return = running_sums(learnt, valid, args.gamma, state.discounted_return)  # (T, N)
+
+    # Episodes to report, with raw rewards, those of rows that are not valid included.
+    ended = done & ~life_lost  # (T, N)
+    goes_on = ~np.concatenate([state.ended[None], ended[:-1]])  # (T, N)
+    episode_return = running_sums(reward, goes_on, 1.0, state.episode_return)  # (T, N)
+    episode_length = running_sums(goes_on, goes_on, 1.0, state.episode_length)  # (T, N)
     # (T, N), an episode ended that counts; the first of a staggered environment does not.
-    counts = done & ~(state.staggered & (done.cumsum(0) == 1))
+    counts = ended & ~(state.staggered & (ended.cumsum(0) == 1))
     rollout = Rollout(
         obs=torch.from_numpy(obs).to(device),
         action=torch.from_numpy(action).to(device),
-        reward=torch.from_numpy(reward).to(device),
+        reward=torch.from_numpy(learnt).to(device),
         terminated=torch.from_numpy(terminated).to(device),
         done=torch.from_numpy(done).to(device),
         valid=torch.from_numpy(valid).to(device),
@@ -644,10 +739,11 @@ def collect(
     next_state = EnvState(
         obs=obs[-1],
         done=done[-1],
+        ended=ended[-1],
         discounted_return=discounted_return[-1],
         episode_return=episode_return[-1],
         episode_length=episode_length[-1],
-        staggered=state.staggered & ~done.any(0),
+        staggered=state.staggered & ~ended.any(0),
     )
     return rollout, next_state
 
@@ -706,10 +802,10 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     if args.resume is not None and checkpoint is None:
         checkpoint = load(args.resume)
     check(args, checkpoint)
-    device = set_up(args)
-    generator = Generator(device)  # for actions and minibatches; environments cannot reach it
     reseed(args)  # constructors of environments may draw from the process's generators
     with closing_envs(make_envs(args)) as envs:
+        device = set_up(args, envs.single_observation_space)
+        generator = Generator(device)  # for actions and minibatches; environments cannot reach it
         reseed(args)  # so that the networks are the same whatever was drawn
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
@@ -768,14 +864,20 @@ CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evalu
 def preset(
     env_id: str, env_kwargs: dict | None = None, name: str = "auto", mode: str = "sync"
 ) -> dict:
-    """The arguments that a preset sets; `auto` makes an environment and goes by its actions."""
+    """The arguments that a preset sets; `auto` makes an environment and goes by its spaces."""
+    atari = ATARI if is_atari(env_id) else {}
+    if atari and name == "auto":
+        name = "image"
     if name == "auto":
         args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
         check(args)
         with closing_envs(make_envs(args)) as envs:
             continuous = isinstance(envs.single_action_space, spaces.Box)
+            image = is_image(envs.single_observation_space)
         name = "continuous" if continuous else "none"
-    return {"preset": name, **PRESETS[name]}
+        if image:
+            name = "image"
+    return {"preset": name, **PRESETS[name], **atari}
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -846,6 +948,8 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
     require("activation", args.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
     require("preset", args.preset in PRESETS, " or ".join(PRESETS))
     require("env_kwargs", isinstance(args.env_kwargs, dict), "a JSON object: '{\"size\": 5}'")
+    native = args.vectorization_mode == "vector_entry_point" or not is_atari(args.env_id)
+    require("vectorization_mode", native, "vector_entry_point for ALE/ games")
     require("resume", args.resume is None or os.path.isdir(args.resume), "the folder of a run")
     rows = args.num_envs * (args.num_steps // 2)  # the others may be resets
     if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
@@ -888,6 +992,48 @@ def explained(env_id: str, kwargs: dict) -> Iterator[None]:
         raise InputError(f"Cannot make {asked}: {type(error).__name__}: {error}{hint}") from error
 
 
+def is_atari(env_id: str) -> bool:
+    """Whether it is a game of ale-py."""
+    return env_id.startswith("ALE/")
+
+
+class Atari(VectorWrapper):
+    """ALE's vector environment, which preprocesses as [Details] #14-21, and here ends with a life.
+
+    A lost life is a termination, info["life_lost"] says where; the game goes on with FIRE, if it
+    has it, in place of the next action. That row is not valid, as after other ends.
+    """
+
+    def __init__(self, args: Args, kwargs: dict):
+        if "render_mode" in kwargs:
+            raise InputError(f"{args.env_id} cannot be filmed: its vector version shows nothing.")
+        kwargs = {
+            "repeat_action_probability": 0.0,  # the version registered has sticky actions
+            "reward_clipping": False,  # so that returns are the scores
+            **kwargs,
+        }
+        mode = args.vectorization_mode
+        with explained(args.env_id, kwargs):  # to import ale_py registers the games
+            envs = gym.make_vec(f"ale_py:{args.env_id}", args.num_envs, mode, **kwargs)
+        super().__init__(envs)
+        names = [action.name for action in envs.unwrapped.ale.get_action_set()]
+        self.restart_action = names.index("FIRE") if "FIRE" in names else 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.lives = info["lives"]
+        self.lost = np.zeros(self.num_envs, bool)
+        return obs, info
+
+    def step(self, action: np.ndarray) -> tuple:
+        action = np.where(self.lost, self.restart_action, action)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.lost = (info["lives"] < self.lives) & ~terminated & ~truncated
+        self.lives = info["lives"]
+        info["life_lost"] = self.lost
+        return obs, reward, terminated | self.lost, truncated, info
+
+
 def check_spaces(env_id: str, envs: VectorEnv) -> None:
     """Raise InputError for environments that cannot be trained on."""
     mode = envs.metadata.get("autoreset_mode")
@@ -896,8 +1042,15 @@ def check_spaces(env_id: str, envs: VectorEnv) -> None:
     space = envs.single_observation_space
     if not is_numeric(space):
         raise InputError(f"Observations {space} are not supported, or a part of them is not.")
-    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
-        gym.logger.warn(f"images {space.shape} are flattened: there is no convolutional network")
+    is_stack = isinstance(space, spaces.Box) and len(space.shape) > 3 and space.dtype == np.uint8
+    if is_stack and sorted(space.shape)[-2] >= 36:
+        wrappers = "GrayscaleObservation before FrameStackObservation, or ReshapeObservation"
+        raise InputError(f"Images {space.shape} have more than three dimensions; use {wrappers}.")
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = space.values() if isinstance(space, spaces.Dict) else space
+        if any(is_image(part) for part in parts):
+            reason = "have an image beside others; use FilterObservation for one of them"
+            raise InputError(f"Observations {space} {reason}.")
 
 
 def is_numeric(space: spaces.Space) -> bool:
@@ -928,19 +1081,22 @@ def closing_envs(envs: VectorEnv) -> Iterator[VectorEnv]:
     envs.close()
 
 
-def set_up(args: Args) -> torch.device:
+def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
     """Set torch's threads and cuDNN, and return the device to train on.
 
     Raises InputError if it is not at hand, or if the evaluation cannot be filmed.
     """
-    name = "cpu" if args.device == "auto" else args.device
+    convolutions = is_image(observation_space)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if convolutions and torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:  # the latter is that of a torch without CUDA
         reason = f"--device must be auto or a device at hand, not {args.device!r}."
         raise InputError(reason) from error
     device = torch.device(name)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and not convolutions and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.capture_video and args.eval_episodes > 0:
@@ -991,6 +1147,7 @@ def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -
     return EnvState(
         obs=obs,
         done=np.zeros(args.num_envs, bool),
+        ended=np.zeros(args.num_envs, bool),
         discounted_return=zeros,
         episode_return=zeros,
         episode_length=zeros,
@@ -1303,8 +1460,8 @@ def evaluate(
         checkpoint = load(path)
     args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10)
     check(args, checkpoint)
-    device = set_up(args)
-    agent = make_agent(checkpoint, args, agent_class).to(device)
+    agent = make_agent(checkpoint, args, agent_class)
+    agent.to(set_up(args, agent.observation_space))
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     return play(agent, args, folder, checkpoint["global_step"])
 
@@ -1332,12 +1489,12 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
             obs, _ = envs.reset(seed=env_seed + episode)
             for _ in range(100_000):  # an agent may balance for ever
                 with torch.inference_mode():
-                    obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
+                    obs_tensor = torch.from_numpy(obs.astype(agent.obs_dtype)).to(device)
                     action = agent.act(obs_tensor, not args.eval_stochastic, generator)
                 action = agent.to_env(action.cpu().numpy())
-                obs, reward, terminated, truncated, _ = envs.step(action)
+                obs, reward, terminated, truncated, info = envs.step(action)
                 returns[episode] += reward.item()
-                if terminated or truncated:
+                if (terminated or truncated) and not info.get("life_lost", False):
                     break
     statistics = f"mean {returns.mean():.1f} std {returns.std():.1f}"
     extremes = f"min {returns.min():.1f} max {returns.max():.1f}"

@@ -147,13 +147,6 @@ def test_observations_are_flattened_in_the_order_of_gymnasium():
     np.testing.assert_allclose(obs[0], spaces.flatten(space, space.sample()), rtol=1e-6)
 
 
-def test_images_are_announced_as_flattened():
-    args = spaces_args(env_kwargs={"observation_space": OBSERVATIONS["image"]})
-    with pytest.warns(UserWarning, match="flattened"):
-        envs = ppo.make_envs(args)
-    assert envs.single_observation_space.shape == (60,)
-
-
 @pytest.mark.parametrize(
     "space", [spaces.Text(3), spaces.Dict({"a": spaces.Sequence(spaces.Discrete(2))})]
 )

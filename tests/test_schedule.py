@@ -439,7 +439,7 @@ def add(agent):
 
 
 def replace_layer(agent):
-    agent.actor[-1] = ppo.linear(agent.actor[-1].in_features, 2, gain=1.0)
+    agent.actor[-1] = nn.Linear(agent.actor[-1].in_features, 2)
     return f"actor.{len(agent.actor) - 1}.weight"
 
 
