@@ -16,6 +16,7 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     InputError        the request is invalid
     explained         turns what an environment's constructor refuses into an InputError
     check_spaces      refuses environments that cannot be trained on
+    is_atari, Atari   whether it is a game of ale-py; their vector environment
     check             refuses arguments out of range, or that differ from a resumed run's
     set_up, reseed    find the device and set torch's threads; seed the process's generators
     closing_envs      closes the environments at the end, even after an error

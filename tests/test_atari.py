@@ -1,5 +1,6 @@
 """Atari games, with the real emulator: lives, scores, FIRE, and what is learnt from."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,20 @@ def test_what_is_learnt_from_and_what_is_reported(clip_reward):
     lengths = np.concatenate([rollout.episode_length for rollout in rollouts])
     assert list(zip(returns, lengths, strict=True)) == scores
     assert life_lost.sum() > 2 * len(scores)
+
+
+@pytest.mark.parametrize("clip_reward", [True, False])
+def test_scores_above_one(clip_reward):
+    """In Space Invaders: the environment returns them, and with --clip-reward 1 is learnt from."""
+    args = dataclasses.replace(
+        game(clip_reward=clip_reward, num_steps=150), env_id="ALE/SpaceInvaders-v5"
+    )
+    with pieces.learner(args) as learner:
+        learner.envs = Recorded(learner.envs)
+        rollout = learner.collect()
+    reward = np.array([row[1] for row in learner.envs.rows])
+    assert reward.max() >= 5
+    assert np.array_equal(rollout.reward, np.sign(reward) if clip_reward else reward)
 
 
 def test_observations_are_stored_as_bytes():
