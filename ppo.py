@@ -17,6 +17,7 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     explained         turns what an environment's constructor refuses into an InputError
     check_spaces      refuses environments that cannot be trained on
     is_atari, Atari   whether it is a game of ale-py; their vector environment
+    is_image          whether observations are images
     check             refuses arguments out of range, or that differ from a resumed run's
     set_up, reseed    find the device and set torch's threads; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
@@ -157,7 +158,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
-    norm_obs: bool = True  # scale observations by running mean and deviation, clip at 10 (off: raw)
+    norm_obs: bool = True  # scale vectors by running mean and deviation, clip at 10 (off: raw)
     norm_reward: bool = True  # divide rewards by the return's deviation, clip at 10 (off: raw)
     clip_reward: bool = False  # learn from the sign of rewards alone, before they are divided
 
@@ -172,10 +173,10 @@ class Args:
         return math.ceil(self.total_timesteps / self.batch_size)
 
 
-# What the presets put in place of these defaults. They were found by measurement: see the README.
+# What the presets put in place of these defaults.
 PRESETS = {
     "none": {},
-    "continuous": {
+    "continuous": {  # found by measurement, see the README
         "total_timesteps": 1_000_000,
         "num_envs": 64,
         "num_steps": 32,
@@ -195,11 +196,6 @@ PRESETS = {
         "clip_coef": 0.1,
         "norm_obs": False,
     },
-}
-ATARI = {  # what --env-id ALE/... has beside the preset for images
-    "vectorization_mode": "vector_entry_point",
-    "clip_reward": True,  # [Details] #20
-    "norm_reward": False,
 }
 
 
@@ -225,26 +221,6 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
     space = envs.single_observation_space
     is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
     return envs if is_vector or is_image(space) else FlattenObservation(envs)
-
-
-def channel_axis(shape: tuple[int, ...]) -> int:
-    """Which dimension of an image is its channels: the smallest of three, the last on a tie.
-
-    Of images (H, W) it is 2, where they get one.
-    """
-    if len(shape) == 2:
-        return 2
-    return 2 - int(np.argmin(shape[::-1]))
-
-
-def is_image(space: spaces.Space) -> bool:
-    """Whether observations are images: uint8, (H, W) or with channels, large enough for the CNN."""
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
-        return False
-    if len(space.shape) not in (2, 3):
-        return False
-    *_, shorter, _longer = sorted(space.shape)
-    return shorter >= 36
 
 
 # --- 3. Networks ----------------------------------------------------------------------------------
@@ -296,7 +272,8 @@ class NatureCNN(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
-        self.axis = channel_axis(shape)
+        # The channels are the smallest of three dimensions, the last on a tie; (H, W) get one.
+        self.axis = 2 - int(np.argmin(shape[::-1])) if len(shape) == 3 else 2
         gain = math.sqrt(2)
         image = self.prepared(torch.zeros(1, *shape))  # (1, channels, H, W)
         self.layers = nn.Sequential(
@@ -852,6 +829,11 @@ class InputError(ValueError):
     """The request is invalid; the message says why."""
 
 
+ATARI = {  # what --env-id ALE/... has beside the preset for images
+    "vectorization_mode": "vector_entry_point",
+    "clip_reward": True,  # [Details] #20
+    "norm_reward": False,
+}
 CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evaluated
     "total_timesteps",
     "checkpoint_interval",
@@ -995,7 +977,7 @@ def explained(env_id: str, kwargs: dict) -> Iterator[None]:
 
 def is_atari(env_id: str) -> bool:
     """Whether it is a game of ale-py."""
-    return env_id.startswith("ALE/")
+    return env_id.removeprefix("ale_py:").startswith("ALE/")
 
 
 class Atari(VectorWrapper):
@@ -1013,9 +995,9 @@ class Atari(VectorWrapper):
             "reward_clipping": False,  # so that returns are the scores
             **kwargs,
         }
-        mode = args.vectorization_mode
-        with explained(args.env_id, kwargs):  # to import ale_py registers the games
-            envs = gym.make_vec(f"ale_py:{args.env_id}", args.num_envs, mode, **kwargs)
+        env_id = "ale_py:" + args.env_id.removeprefix("ale_py:")  # to import it registers the games
+        with explained(args.env_id, args.env_kwargs):
+            envs = gym.make_vec(env_id, args.num_envs, args.vectorization_mode, **kwargs)
         super().__init__(envs)
         names = [action.name for action in envs.unwrapped.ale.get_action_set()]
         self.restart_action = names.index("FIRE") if "FIRE" in names else 0
@@ -1041,26 +1023,31 @@ def check_spaces(env_id: str, envs: VectorEnv) -> None:
     if mode != AutoresetMode.NEXT_STEP:
         raise InputError(f"{env_id} has autoreset mode {mode}, but only NEXT_STEP is supported.")
     space = envs.single_observation_space
-    if not is_numeric(space):
+    numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+    if not all(isinstance(leaf, numeric) for leaf in leaves(space)):
         raise InputError(f"Observations {space} are not supported, or a part of them is not.")
     is_stack = isinstance(space, spaces.Box) and len(space.shape) > 3 and space.dtype == np.uint8
     if is_stack and sorted(space.shape)[-2] >= 36:
         wrappers = "GrayscaleObservation before FrameStackObservation, or ReshapeObservation"
         raise InputError(f"Images {space.shape} have more than three dimensions; use {wrappers}.")
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts = space.values() if isinstance(space, spaces.Dict) else space
-        if any(is_image(part) for part in parts):
-            reason = "have an image beside others; use FilterObservation for one of them"
-            raise InputError(f"Observations {space} {reason}.")
+    if not is_image(space) and any(is_image(leaf) for leaf in leaves(space)):
+        reason = "hold an image; use FilterObservation, or a wrapper that returns it alone"
+        raise InputError(f"Observations {space} {reason}.")
 
 
-def is_numeric(space: spaces.Space) -> bool:
-    """Whether observations of this space become a vector of fixed length when flattened."""
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts = space.values() if isinstance(space, spaces.Dict) else space
-        return all(is_numeric(part) for part in parts)
-    numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
-    return isinstance(space, numeric)
+def leaves(space: spaces.Space) -> list[spaces.Space]:
+    """The spaces that a Dict or a Tuple holds, or the space itself."""
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return [space]
+    parts = space.values() if isinstance(space, spaces.Dict) else space
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations are images: uint8, (H, W) or with channels, large enough for the CNN."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= 36
 
 
 @contextmanager

@@ -129,9 +129,12 @@ def test_observations_are_stored_as_bytes():
 
 
 def test_the_flags_of_a_game(command):
-    args = ppo.parse_args(["--env-id", BREAKOUT, "--num-envs=4"])
-    assert (args.preset, args.vectorization_mode) == ("image", "vector_entry_point")
-    assert (args.clip_reward, args.norm_reward, args.num_envs) == (True, False, 4)
+    for env_id in (BREAKOUT, f"ale_py:{BREAKOUT}"):
+        args = ppo.parse_args(["--env-id", env_id, "--num-envs=4"])
+        assert (args.preset, args.vectorization_mode) == ("image", "vector_entry_point")
+        assert (args.clip_reward, args.norm_reward, args.num_envs) == (True, False, 4)
+        with ppo.closing_envs(ppo.make_envs(args)) as envs:
+            assert envs.single_observation_space.shape == (4, 84, 84)
     for mode in ("sync", "async"):
         result = command("--env-id", BREAKOUT, "--vectorization-mode", mode)
         assert result.returncode == 2

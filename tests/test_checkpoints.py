@@ -909,6 +909,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, command):
     assert saved()["iteration"] == 12
 
 
+def at_file(number, act, monkeypatch):
+    """Act while that file of checkpoints is written; return a list that gets an entry for each."""
+    fsync = os.fsync
+    calls = []
+
+    def acting(descriptor):
+        calls.append(descriptor)
+        if len(calls) == number:
+            act()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", acting)
+    return calls
+
+
 def fail():
     raise OSError("the disk is on fire")
 
@@ -921,16 +936,7 @@ def test_the_last_line_names_a_step_that_is_saved(act, number, exact, command, m
 
     At the end it is written again, unless --exact-resume has regular checkpoints only.
     """
-    fsync = os.fsync
-    calls = []
-
-    def failing(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 1 + number:
-            act()
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", failing)
+    at_file(1 + number, act, monkeypatch)
     flags = ["--total-timesteps=384", "--checkpoint-interval=4", *SMALL_FLAGS]
     flags.append("--exact-resume" if exact else "--no-exact-resume")
     try:
@@ -1047,17 +1053,12 @@ def test_weights_that_are_not_finite_are_never_saved(command):
 
 def test_a_second_signal_does_not_disturb_the_end(command, monkeypatch):
     """It comes while the checkpoint is written for the first one."""
-    fsync = os.fsync
-    calls = []
 
-    def interrupted(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
-        fsync(descriptor)
+    def signals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(os, "fsync", interrupted)
+    calls = at_file(2, signals, monkeypatch)
     kwargs = json.dumps({"number": signal.SIGINT, "where": 20})
     flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--checkpoint-interval=9"]
     result = command(*flags, "--total-timesteps=384", *SMALL_FLAGS)
@@ -1071,16 +1072,7 @@ def test_a_second_signal_does_not_disturb_the_end(command, monkeypatch):
 
 def test_a_signal_while_the_best_is_written_loses_neither(command, monkeypatch):
     """Of Dice's 12 iterations number 8 is the best; its files are the third and fourth."""
-    fsync = os.fsync
-    calls = []
-
-    def interrupted(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", interrupted)
+    at_file(3, lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
     flags = ["--env-id=probes:Dice-v0", "--seed=2", "--checkpoint-interval=4", *SMALL_FLAGS]
     assert command(*flags, "--total-timesteps=384").returncode == 130
     best = torch.load("runs/a/best.pt")

@@ -138,6 +138,7 @@ def test_what_is_no_image_is_a_vector(space):
         (pixels(4, 84, 84, 3), "GrayscaleObservation"),
         (spaces.Dict({"eye": pixels(84, 84, 3), "speed": spaces.Box(0, 1)}), "FilterObservation"),
         (spaces.Tuple([pixels(84, 84), spaces.Discrete(3)]), "FilterObservation"),
+        (spaces.Dict({"robot": spaces.Dict({"eye": pixels(84, 84)})}), "FilterObservation"),
     ],
 )
 def test_what_wrappers_help(space, part):

@@ -119,6 +119,19 @@ def test_both_modes_and_every_time_are_alike_but_not_every_seed():
     assert ends != first_ends("sync", seed=2)
 
 
+def test_every_restart_staggers_anew():
+    """As with --exact-resume at every checkpoint, and not where it did before."""
+    args = ppo.Args(env_id="Limited-v0", env_kwargs={"limit": LIMIT}, num_envs=64)
+    with pieces.learner(args) as learner:
+        vector = learner.envs.unwrapped
+        before = vector.get_attr("_elapsed_steps")
+        state = ppo.restart(learner.envs, args, 1, learner.generator)
+        after = vector.get_attr("_elapsed_steps")
+    assert after != before
+    assert state.staggered.tolist() == [elapsed > 0 for elapsed in after]
+    assert state.staggered.sum() > 55
+
+
 @MODES
 def test_only_episodes_that_began_with_steps_elapsed_are_left_out(mode):
     """Each environment's first one, unless it began at 0; all later ones are whole."""
