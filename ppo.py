@@ -295,7 +295,7 @@ class NatureCNN(nn.Module):
         if image.dim() == 3:  # without channels
             image = image.unsqueeze(-1)
         image = image.movedim(1 + self.axis, 1)
-        return image.contiguous(memory_format=torch.channels_last) / 255
+        return image.contiguous(memory_format=torch.channels_last) / 255  # [Details] #22
 
     def forward(self, image: Tensor) -> Tensor:
         return self.layers(self.prepared(image))
@@ -364,7 +364,7 @@ class Agent(nn.Module):
         num_outputs = self.set_action_space(action_space, args.log_std_init)
         self.observation_space = observation_space
         self.obs_dtype = np.float32
-        self.cnn = None  # a torso that policy and value function share, if there are images
+        self.cnn = None  # for images, a torso that policy and value function share [Details] #21
         sizes = [*observation_space.shape, *args.hidden_sizes]
         if is_image(observation_space):
             self.obs_dtype = np.uint8
@@ -831,7 +831,7 @@ class InputError(ValueError):
 
 ATARI = {  # what --env-id ALE/... has beside the preset for images
     "vectorization_mode": "vector_entry_point",
-    "clip_reward": True,  # [Details] #20
+    "clip_reward": True,  # [Details] #19
     "norm_reward": False,
 }
 CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evaluated
@@ -981,7 +981,7 @@ def is_atari(env_id: str) -> bool:
 
 
 class Atari(VectorWrapper):
-    """ALE's vector environment, which preprocesses as [Details] #14-21, and here ends with a life.
+    """ALE's vector environment, which preprocesses as [Details] #14-20, and here ends with a life.
 
     A lost life is a termination, info["life_lost"] says where; the game goes on with FIRE, if it
     has it, in place of the next action. That row is not valid, as after other ends.

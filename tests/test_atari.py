@@ -1,5 +1,6 @@
 """Atari games, with the real emulator: lives, scores, FIRE, and what is learnt from."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pieces
 import pytest
 import torch
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 import ppo
 
@@ -61,6 +63,45 @@ def test_the_game_goes_on_with_fire_after_a_lost_life():
         plain.close()
     for order in seen:
         assert order[:7] == [5, 4, 3, 2, 1, 0, 5], "one recorded game, and the next"
+
+
+@pytest.mark.parametrize("name", ["Breakout", "Seaquest"])
+def test_pixels_and_scores_are_those_of_gymnasiums_wrappers(name):
+    """On the same actions, over several games, pixel by pixel.
+
+    Switched off, as the two define it differently: no-ops at the start, of which ALE takes 0 to 30
+    and Gymnasium 1 to 30, from generators of their own; and FIRE at the start, which Gymnasium does
+    not have, nor after a lost life, where it is sent by hand. Asked of Gymnasium: zeros before the
+    first frame, which it would repeat; frames and actions as ALE/...-v5 does not have them.
+    """
+    env_id = f"ALE/{name}-v5"
+    bare = {"noop_max": 0, "use_fire_reset": False}
+    args = dataclasses.replace(game(num_envs=1, env_kwargs=bare), env_id=env_id)
+    env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0)
+    env = AtariPreprocessing(env, noop_max=0)
+    env = FrameStackObservation(env, 4, padding_type="zero")
+    rng = np.random.default_rng(0)
+    games = 0
+    with ppo.closing_envs(ppo.make_envs(args)) as envs, contextlib.closing(env):
+        obs, _ = envs.reset(seed=3)
+        expected, info = env.reset(seed=3)
+        assert np.array_equal(obs[0], expected)
+        is_over = fire = False
+        for _ in range(700):
+            action = int(rng.integers(envs.single_action_space.n))
+            obs, reward, *_ = envs.step(np.array([action]))
+            if is_over:
+                expected, info = env.reset()
+                score = 0
+                is_over = fire = False
+                games += 1
+            else:
+                lives = info["lives"]
+                expected, score, is_over, _, info = env.step(FIRE if fire else action)
+                fire = info["lives"] < lives and not is_over
+            assert np.array_equal(obs[0], expected)
+            assert reward[0] == score
+    assert games >= 2
 
 
 class Recorded(gym.vector.VectorWrapper):

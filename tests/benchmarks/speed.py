@@ -10,9 +10,11 @@ environments.
 Both programs are given the same environments, networks, initialisation, optimizer, rollouts,
 minibatches, epochs and normalisation, each of them explicitly. SB3 steps environments one by one
 in any case; in the rows that say so, ppo.py steps the environment's own vector version. Each run
-is a process of its own on one torch thread, and the programs take turns. Steps per second leave
-the start-up out, on both sides. The bound is stepping the same vector environment with random
-actions. Memory is the peak of the process's resident set.
+is a process of its own on one torch thread (with images: on as many as torch likes), and the
+programs take turns. Steps per second leave the start-up out, on both sides. The bound is stepping
+the same vector environment with random actions. Memory is the peak of the process's resident set.
+Games are played under the same conditions, by ALE's vector version in ppo.py and by the wrappers
+of SB3 in SB3, and rewards are clipped by sign instead of normalised.
 
 In the steps of ppo.py and of the bound are those that only reset an environment, 0.3 to 2 % of
 all (with random actions 4 % on CartPole); SB3 resets within the step that ends an episode. ppo.py
@@ -52,17 +54,22 @@ class Workload:
     num_minibatches: int = 4
     update_epochs: int = 4
     modes: tuple = (SYNC,)
+    clip_coef: float = 0.2
+    is_game: bool = False
 
     def flags(self, mode):
         timesteps = self.iterations * self.num_envs * self.num_steps
+        scaling = "--norm-obs --norm-reward --no-clip-reward"
+        if self.is_game:
+            scaling = "--no-norm-obs --no-norm-reward --clip-reward"
         return f"""--preset none --env-id {self.env_id} --num-envs {self.num_envs}
             --vectorization-mode {mode} --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
             --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --norm-adv
-            --clip-coef 0.2 --no-anneal-clip --clip-vloss --dual-clip None --ent-coef 0.01
-            --vf-coef 0.5 --max-grad-norm 0.5 --target-kl None --no-recompute-advantages
-            --hidden-sizes 64 64 --activation tanh --log-std-init 0 --norm-obs --norm-reward
-            --device cpu --eval-episodes 0 --checkpoint-interval 1_000_000""".split()
+            --clip-coef {self.clip_coef} --no-anneal-clip --clip-vloss --dual-clip None
+            --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 --target-kl None
+            --no-recompute-advantages --hidden-sizes 64 64 --activation tanh --log-std-init 0
+            {scaling} --device cpu --eval-episodes 0 --checkpoint-interval 1_000_000""".split()
 
 
 WORKLOADS = {
@@ -75,29 +82,39 @@ WORKLOADS = {
     "halfcheetah-1": Workload("HalfCheetah-v5", 1, 2048, 6, num_minibatches=32, update_epochs=10),
     "halfcheetah-8": Workload("HalfCheetah-v5", 8, 256, 8, num_minibatches=32, update_epochs=10),
     "made-up-8": Workload("made_up:MadeUp-v0", 8, 256, 30),
+    "breakout-8": Workload(
+        "ale_py:ALE/Breakout-v5", 8, 128, 8, modes=(NATIVE,), clip_coef=0.1, is_game=True
+    ),
 }
 
 STABLE_BASELINES3 = """
 import json, sys, time
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 w, seed = json.loads(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
 if ":" in w["env_id"]:
     __import__(w["env_id"].split(":")[0])
 rows = w["num_envs"] * w["num_steps"]
-envs = make_vec_env(w["env_id"].split(":")[-1], w["num_envs"], seed, vec_env_cls=DummyVecEnv)
-envs = VecNormalize(envs, norm_obs=True, norm_reward=True, clip_obs=10.0, clip_reward=10.0,
-                    gamma=0.99)
-model = PPO("MlpPolicy", envs, n_steps=w["num_steps"], batch_size=rows // w["num_minibatches"],
+env_id = w["env_id"].split(":")[-1]
+if w["is_game"]:
+    envs = make_atari_env(env_id, w["num_envs"], seed, vec_env_cls=DummyVecEnv)
+    envs = VecFrameStack(envs, 4)
+    policy, network = "CnnPolicy", dict()
+else:
+    envs = make_vec_env(env_id, w["num_envs"], seed, vec_env_cls=DummyVecEnv)
+    envs = VecNormalize(envs, norm_obs=True, norm_reward=True, clip_obs=10.0, clip_reward=10.0,
+                        gamma=0.99)
+    policy = "MlpPolicy"
+    network = dict(net_arch=dict(pi=[64, 64], vf=[64, 64]), activation_fn=torch.nn.Tanh)
+model = PPO(policy, envs, n_steps=w["num_steps"], batch_size=rows // w["num_minibatches"],
             n_epochs=w["update_epochs"], learning_rate=lambda remaining: 2.5e-4 * remaining,
-            gamma=0.99, gae_lambda=0.95, normalize_advantage=True, clip_range=0.2,
-            clip_range_vf=0.2, ent_coef=0.01,
+            gamma=0.99, gae_lambda=0.95, normalize_advantage=True, clip_range=w["clip_coef"],
+            clip_range_vf=w["clip_coef"], ent_coef=0.01,
             vf_coef=0.5, max_grad_norm=0.5, target_kl=None, seed=seed, device="cpu",
-            policy_kwargs=dict(net_arch=dict(pi=[64, 64], vf=[64, 64]), activation_fn=torch.nn.Tanh,
-                               ortho_init=True, log_std_init=0.0, optimizer_kwargs=dict(eps=1e-5)))
+            policy_kwargs=dict(ortho_init=True, log_std_init=0.0, optimizer_kwargs=dict(eps=1e-5),
+                               **network))
 start = time.perf_counter()
 model.learn(w["iterations"] * rows)
 print(w["iterations"] * rows / (time.perf_counter() - start), "steps/s")
@@ -131,9 +148,11 @@ class Result(NamedTuple):
     busy: float  # processors, on average
 
 
-def run(*command):
-    """Run Python with these arguments to its end."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+def run(*command, threads="1"):
+    """Run Python with these arguments to its end, on so many torch threads (None: torch's own)."""
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = threads
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+") as out:
         command, start = [sys.executable, *map(str, command)], time.perf_counter()
         process = subprocess.Popen(
@@ -174,7 +193,8 @@ def compare(names, runs):
                 commands["ppo.py", mode] = (PPO, *workload.flags(mode), "--seed", seed)
                 commands["bound", mode] = ("-c", RANDOM_ACTIONS, spec, mode)
             for program in list(commands)[:: 1 if seed % 2 else -1]:  # who goes first changes
-                results[program].append(run(*commands[program]))
+                threads = None if workload.is_game else "1"
+                results[program].append(run(*commands[program], threads=threads))
         for mode in workload.modes:
             ours, theirs, bound = results["ppo.py", mode], results["SB3"], results["bound", mode]
             shares = [a.speed / b.speed for a, b in zip(ours, bound, strict=True)]
@@ -203,7 +223,9 @@ def compare_versions(names, runs, other):
         workload, speeds = WORKLOADS[name], {PPO: [], other: []}
         for seed in range(1, runs + 1):
             for program in list(speeds)[:: 1 if seed % 2 else -1]:  # who goes first changes
-                result = run(program, *workload.flags(SYNC), "--seed", seed)
+                flags = workload.flags(workload.modes[0])
+                threads = None if workload.is_game else "1"
+                result = run(program, *flags, "--seed", seed, threads=threads)
                 speeds[program].append(result.speed)
         ratios = [a / b for a, b in zip(speeds[PPO], speeds[other], strict=True)]
         cells = [name, spread(speeds[PPO]), spread(speeds[other]), spread(ratios, 2)]
@@ -360,7 +382,6 @@ def installed(package):
 
 
 def main():
-    os.environ["OMP_NUM_THREADS"] = "1"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -380,7 +401,7 @@ def main():
         parser.error(
             "--native is for the profile of a workload that has a vector version of its own"
         )
-    packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
+    packages = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "stable-baselines3")
     print(f"Python {platform.python_version()}, {', '.join(map(installed, packages))}")
     model = (
         re.search("model name\t: (.*)", Path("/proc/cpuinfo").read_text())
@@ -393,7 +414,10 @@ def main():
     if not options.profile:
         print(f"median (lowest to highest) of {options.runs} runs\n")
     if options.profile:
-        profile(options.profile, NATIVE if options.native else SYNC)
+        workload = WORKLOADS[options.profile]
+        if not workload.is_game:
+            os.environ["OMP_NUM_THREADS"] = "1"
+        profile(options.profile, NATIVE if options.native else workload.modes[0])
     elif options.against:
         compare_versions(options.only or WORKLOADS, options.runs, options.against.resolve())
     elif options.modes:
