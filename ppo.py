@@ -8,10 +8,11 @@
     python ppo.py --env-id my_package:MyEnv-v0 --env-kwargs '{"size": 5}'
     python ppo.py --resume runs/name         # continue a stopped run
     python ppo.py --evaluate runs/name       # see what it has learnt
+    torchrun --nproc-per-node 2 ppo.py --env-id CartPole-v1   # the same, divided among processes
 
 Part I is PPO: 1 arguments, 2 environments, 3 networks, 4 the algorithm's formulas, 5 its phases and
-the training loop. Part II is plumbing: 6 arguments checked and parsed, 7 environments and random
-generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I uses of part II:
+the training loop. Part II is plumbing: 6 processes, 7 arguments checked and parsed, 8 environments
+and random generators, 9 the folder of a run, 10 loading and evaluation, 11 main. Part I uses of it:
 
     InputError        the request is invalid
     explained         turns what an environment's constructor refuses into an InputError
@@ -19,6 +20,10 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     is_atari, Atari   whether it is a game of ale-py; their vector environment
     is_image          whether observations are images
     check             refuses arguments out of range, or that differ from a resumed run's
+    connect           connects the processes that torchrun has started, RANK of WORLD_SIZE each
+    broadcast         gives the state of the first process's agent to all
+    all_sum, moments  sum over processes; number, mean and variance of the rows of all
+    average_gradients makes gradients and logged scalars those of the joined minibatch
     set_up, reseed    find the device and set torch's threads; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
     load, restore     read a checkpoint; give agent and optimizers what it holds
@@ -28,8 +33,9 @@ generators, 8 the folder of a run, 9 loading and evaluation, 10 main. Part I use
     Run               the folder of the run, its checkpoints, TensorBoard's log, the console
     play              plays the episodes of an evaluation
 
-Sizes: T steps of a rollout (num_steps), N environments (num_envs), B any batch, M a minibatch,
-D dimensions of a Box action, C choices of a MultiDiscrete one. *obs is the shape of an observation.
+Sizes: T steps of a rollout (num_steps), N environments (num_envs) of a process, B any batch, M a
+minibatch, D dimensions of a Box action, C choices of a MultiDiscrete one. *obs is the shape of an
+observation.
 
 Episodes end as in Gymnasium's NEXT_STEP autoreset: after the last step of an episode, the next one
 ignores its action and returns the first observation of a new episode, with reward 0. Such a row is
@@ -50,6 +56,7 @@ not valid, and never trained on. So obs[t + 1] is always where row t led, also a
            core, 14-22 Atari, 23-31 continuous actions, 32-36 LSTM, 37 MultiDiscrete
 """
 
+import atexit
 import io
 import itertools
 import json
@@ -62,7 +69,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -76,7 +83,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import FlattenObservation, RecordVideo
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
@@ -235,16 +242,16 @@ class RunningStats(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merge the rows x (B, *shape) with those before (Chan, Golub, LeVeque 1983)."""
-        rows = x.cpu().double()  # mps has no float64
+        count, x_mean, x_var = moments(x)
         mean = self.mean.cpu().double()
         std = self.std.cpu().double()
-        weight = len(rows) / (len(rows) + self.count.item())  # of the new rows among all
-        delta = rows.mean(0) - mean
-        within = (1 - weight) * std.square() + weight * rows.var(0, correction=0)
+        weight = count / (count + self.count.item())  # of the new rows among all
+        delta = x_mean - mean
+        within = (1 - weight) * std.square() + weight * x_var
         between = weight * (1 - weight) * delta.square()
         self.mean.copy_(mean + weight * delta)
         self.std.copy_((within + between).sqrt().clamp(min=1e-4))  # never divide by almost 0
-        self.count += len(rows)
+        self.count += count
 
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -501,7 +508,7 @@ class Minibatch(NamedTuple):
     action: Tensor  # (M, *action_shape) int64 or float32
     logprob: Tensor  # (M,) float32, log pi_old(a|s)
     value: Tensor  # (M,) float32, V(s) when advantages were computed, the centre of its clip
-    advantage: Tensor  # (M,) float32, not normalised
+    advantage: Tensor  # (M,) float32
     target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
@@ -541,11 +548,6 @@ def gae(
     return advantage, advantage + value[:-1]
 
 
-def normalize(x: Tensor) -> Tensor:
-    """x (M,), such as advantages, scaled to mean 0 and deviation 1 [Details] #7."""
-    return (x - x.mean()) / (x.std() + 1e-8)
-
-
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
     """The surrogate objective (M,): no incentive to move ratios beyond 1 +- epsilon [PPO] eq. 7."""
     return torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
@@ -569,8 +571,6 @@ def ppo_loss(
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
 
     advantage = minibatch.advantage
-    if args.norm_adv:
-        advantage = normalize(advantage)
     surrogate = clipped_surrogate(ratio, advantage, epsilon)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
         bounded = torch.max(surrogate, args.dual_clip * advantage)
@@ -643,6 +643,20 @@ def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[
         yield Minibatch._make(parts)
 
 
+def normalized(parts: Iterable[Minibatch]) -> list[Minibatch]:
+    """Minibatches with advantages scaled to mean 0 and deviation 1, each its own [Details] #7."""
+    parts = list(parts)
+    advantages = [part.advantage for part in parts]
+    sums = torch.stack([x.sum() for x in advantages])  # (num_minibatches,), as the next four
+    counts = sums.new_tensor([len(x) for x in advantages])
+    sums, counts = all_sum(torch.stack([sums, counts]))
+    centred = [x - mean for x, mean in zip(advantages, sums / counts, strict=True)]
+    squares = all_sum(torch.stack([x.square().sum() for x in centred]))
+    stds = (squares / (counts - 1)).sqrt() + 1e-8
+    scaled = [x / std for x, std in zip(centred, stds, strict=True)]
+    return [part._replace(advantage=x) for part, x in zip(parts, scaled, strict=True)]
+
+
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients to a global 2-norm of at most max_norm, and return their norm [Details] #11.
 
@@ -658,7 +672,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
 def explained_variance(value: Tensor, target: Tensor) -> Tensor:
     """The share of the targets' variance that values explain: 1 at best, not finite without any."""
-    return 1 - (target - value).var() / target.var()
+    _, _, variance = moments(torch.stack([target - value, target], dim=1))  # (2,)
+    return 1 - variance[0] / variance[1]
 
 
 # --- 5. Training ----------------------------------------------------------------------------------
@@ -671,7 +686,7 @@ def collect(
     during a rollout, so values and log-probabilities are computed afterwards, in batches.
     """
     T = args.num_steps
-    N = args.num_envs
+    N = envs.num_envs
     device = generator.device
     obs = np.empty((T + 1, *state.obs.shape), agent.obs_dtype)  # (T + 1, N, *obs)
     action = np.empty((T, N, *agent.action_shape), agent.action_dtype)
@@ -748,13 +763,17 @@ def update(
         if epoch > 0 and args.recompute_advantages:
             recomputed = estimate_advantages(agent, rollout, args)
             batch = recomputed._replace(logprob=batch.logprob)  # the same rows; pi_old stays
-        for minibatch in minibatches(batch, args.num_minibatches, generator):
+        parts = minibatches(batch, args.num_minibatches, generator)
+        if args.norm_adv:
+            parts = normalized(parts)
+        for minibatch in parts:
             loss, info = ppo_loss(agent, minibatch, args, epsilon)
-            if args.target_kl is not None and info["approx_kl"] > args.target_kl:
-                return infos
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
+            info = average_gradients(parameters, info, len(minibatch.obs))
+            if args.target_kl is not None and info["approx_kl"] > args.target_kl:
+                return infos
             info["grad_norm"] = clip_gradients(parameters, max_norm)
             for optimizer in optimizers:
                 optimizer.step()
@@ -781,7 +800,9 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
         checkpoint = load(args.resume)
     check(args, checkpoint)
     reseed(args)  # constructors of environments may draw from the process's generators
-    with closing_envs(make_envs(args)) as envs:
+    own_args = replace(args, num_envs=args.num_envs // WORLD_SIZE)  # of this process
+    connect()
+    with closing_envs(make_envs(own_args)) as envs:
         device = set_up(args, envs.single_observation_space)
         generator = Generator(device)  # for actions and minibatches; environments cannot reach it
         reseed(args)  # so that the networks are the same whatever was drawn
@@ -792,6 +813,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
             torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         ]
         first_iteration = restore(checkpoint, agent, optimizers)
+        broadcast(agent)
         if first_iteration >= args.num_iterations:
             print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
             return agent
@@ -818,13 +840,86 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
                 if args.exact_resume and run.checkpoint_is_due(iteration + 1):
                     # A resumed run starts from reset environments, so this one does so too.
                     state = restart(envs, args, iteration + 1, generator)
-        if args.eval_episodes > 0:
-            play(agent, args, run.path, run.saved_step)
+    if args.eval_episodes > 0:
+        play(agent, args, run.path, run.saved_step)
     return agent
 
 
 # === Part II: plumbing; nothing below is PPO ======================================================
-# --- 6. Arguments, checked and parsed -------------------------------------------------------------
+# --- 6. Processes ---------------------------------------------------------------------------------
+# torchrun sets these. Without it there is one process, and what is said of all is true of it.
+RANK = int(os.environ.get("RANK", "0"))  # number of this process; 0 writes and speaks for all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
+
+
+def connect() -> None:
+    """Connect all processes until they end; once one has failed, torchrun ends the others."""
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
+        # Optimizers import this, and imported later it would keep the group from being destroyed.
+        import_module("torch._dynamo")
+        distributed.init_process_group()  # gloo for tensors on the CPU, nccl for those on CUDA
+        atexit.register(distributed.destroy_process_group)
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum x over all processes, in place."""
+    if WORLD_SIZE > 1:
+        work = distributed.all_reduce(x, async_op=True)
+        while x.device.type == "cpu" and not work.is_completed():
+            os.sched_yield()  # a thread that sleeps until then is woken late, and hears no signal
+        work.wait()
+    return x
+
+
+def all_gather(x: np.ndarray) -> np.ndarray:
+    """x (..., n) of all processes, whose n may differ, joined along the last axis."""
+    if WORLD_SIZE == 1:
+        return x
+    parts = [None] * WORLD_SIZE
+    distributed.all_gather_object(parts, x)
+    return np.concatenate(parts, axis=-1)
+
+
+def broadcast(agent: nn.Module) -> None:
+    """Give the parameters and buffers of the first process's agent to the agents of all."""
+    if WORLD_SIZE > 1:
+        for x in agent.state_dict().values():
+            distributed.broadcast(x, src=0)
+
+
+def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number, mean and variance (in float64, by column) of the rows x (B, ...) of all processes."""
+    rows = x.cpu().double()  # mps has no float64
+    sums = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+    count, total, squares = all_sum(sums)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    return int(count.flatten()[0]), mean, variance
+
+
+def average_gradients(
+    parameters: list[nn.Parameter], info: dict[str, Tensor], rows: int
+) -> dict[str, Tensor]:
+    """Make gradients those of the joined minibatch of all processes, and return such an info.
+
+    Those of a process are means over its own rows, and are weighted by the number of these.
+    """
+    if WORLD_SIZE == 1:
+        return info
+    parameters = [x for x in parameters if x.requires_grad]
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]
+    scalars = torch.stack(list(info.values()))
+    parts = [*gradients, scalars, scalars.new_ones(1)]
+    total = all_sum(rows * torch.cat([x.flatten() for x in parts]))
+    means = total / total[-1]  # the 1 has become the number of rows of all processes
+    *gradients, scalars, _ = means.split([x.numel() for x in parts])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return dict(zip(info, scalars, strict=True))
+
+
+# --- 7. Arguments, checked and parsed -------------------------------------------------------------
 class InputError(ValueError):
     """The request is invalid; the message says why."""
 
@@ -853,7 +948,7 @@ def preset(
         name = "image"
     if name == "auto":
         args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
-        check(args)
+        check(replace(args, num_envs=WORLD_SIZE))
         with closing_envs(make_envs(args)) as envs:
             continuous = isinstance(envs.single_action_space, spaces.Box)
             image = is_image(envs.single_observation_space)
@@ -934,11 +1029,14 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
     native = args.vectorization_mode == "vector_entry_point" or not is_atari(args.env_id)
     require("vectorization_mode", native, "vector_entry_point for ALE/ games")
     require("resume", args.resume is None or os.path.isdir(args.resume), "the folder of a run")
-    rows = args.num_envs * (args.num_steps // 2)  # the others may be resets
+    divisible = args.num_envs % WORLD_SIZE == 0
+    require("num_envs", divisible, f"a multiple of the {WORLD_SIZE} processes")
+    rows = args.num_envs // WORLD_SIZE * (args.num_steps // 2)  # the others may be resets
     if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
         raise InputError(
             f"--num-minibatches {args.num_minibatches} needs two rows in each, and of "
-            f"{args.batch_size} steps only {rows} are sure: raise --num-envs or --num-steps."
+            f"{args.batch_size // WORLD_SIZE} steps only {rows} are sure: raise --num-envs or "
+            f"--num-steps."
         )
     if checkpoint is not None:
         check_unchanged(args, checkpoint)
@@ -954,6 +1052,10 @@ def check_unchanged(args: Args, checkpoint: dict) -> None:
         path = getattr(args, mode)
         names = ", ".join(changed)
         raise InputError(f"{names} cannot be given with --{mode} {path}: it keeps its own.")
+    processes = checkpoint.get("world_size", 1)
+    if mode == "resume" and processes != WORLD_SIZE:
+        reason = f"it was started with {processes}, which only a new run can change"
+        raise InputError(f"{args.resume} cannot go on in {WORLD_SIZE} processes: {reason}.")
 
 
 def plain(args: Args) -> dict:
@@ -961,7 +1063,7 @@ def plain(args: Args) -> dict:
     return json.loads(json.dumps(vars(args), default=str))
 
 
-# --- 7. Environments and random generators --------------------------------------------------------
+# --- 8. Environments and random generators --------------------------------------------------------
 @contextmanager
 def explained(env_id: str, kwargs: dict) -> Iterator[None]:
     """Turn what Gymnasium or the constructor of an environment refuses into an InputError."""
@@ -1078,6 +1180,8 @@ def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
     name = args.device
     if name == "auto":
         name = "cuda" if convolutions and torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"  # one for each process on a machine
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:  # the latter is that of a torch without CUDA
@@ -1112,10 +1216,12 @@ def reseed(args: Args, *key: int) -> tuple[int, int]:
     """
     sequence = np.random.SeedSequence(args.seed, spawn_key=key)
     seed, env_seed, run_seed = sequence.generate_state(3).tolist()
+    seed = (seed + RANK) % 2**32
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
-    return env_seed % 2**30, run_seed  # native vector environments accept less than 2**31
+    env_seed = env_seed % 2**30  # native vector environments accept less than 2**31
+    return env_seed + RANK * (args.num_envs // WORLD_SIZE), run_seed + RANK
 
 
 def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -> EnvState:
@@ -1128,14 +1234,14 @@ def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -
     env_seed, run_seed = reseed(args, iteration)
     generator.manual_seed(run_seed)
     obs, _ = envs.reset(seed=env_seed)
-    staggered = np.zeros(args.num_envs, bool)
+    staggered = np.zeros(envs.num_envs, bool)
     if args.stagger_episodes:
         staggered = stagger(envs, run_seed)
-    zeros = np.zeros(args.num_envs)
+    zeros = np.zeros(envs.num_envs)
     return EnvState(
         obs=obs,
-        done=np.zeros(args.num_envs, bool),
-        ended=np.zeros(args.num_envs, bool),
+        done=np.zeros(envs.num_envs, bool),
+        ended=np.zeros(envs.num_envs, bool),
         discounted_return=zeros,
         episode_return=zeros,
         episode_length=zeros,
@@ -1168,15 +1274,19 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_finite(**arrays: np.ndarray) -> None:
-    """Raise NonFiniteError if there is a nan or an infinity; the first along axis 0 is named."""
+    """Raise NonFiniteError if there is a nan or an infinity; the first along axis 0 is named.
+
+    All processes do so if one has to, as none may be left waiting.
+    """
     found = []
     for name, x in arrays.items():
         finite = np.isfinite(x)
         if not finite.all():
             index = np.argwhere(~finite)[0].tolist()
             found.append((index[0], len(found), f"{name}{index} is {x[tuple(index)]}"))
-    if found:
-        raise NonFiniteError(min(found)[-1])
+    if all_sum(torch.tensor(len(found))) > 0:
+        messages = [min(found)[-1]] if found else []
+        raise NonFiniteError(all_gather(np.array(messages, str))[0])
 
 
 def check_optimizers(agent: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -1188,7 +1298,7 @@ def check_optimizers(agent: nn.Module, optimizers: list[Optimizer]) -> None:
             raise RuntimeError(f"No optimizer knows the agent's parameter {name}.")
 
 
-# --- 8. The folder of a run -----------------------------------------------------------------------
+# --- 9. The folder of a run -----------------------------------------------------------------------
 class Run:
     """The folder of a run, with its checkpoints and TensorBoard's log, and what the console shows.
 
@@ -1217,7 +1327,12 @@ class Run:
         self.lengths = deque(start["lengths"], maxlen=100)
         self.best = start["best"]
         self.first_step = start["iteration"] * self.args.batch_size
-        self.path = args.resume or make_folder(args)
+        self.saved_step = self.first_step
+        self.path = args.resume
+        if RANK > 0:  # the first process writes and speaks for all
+            return
+        if self.path is None:
+            self.path = make_folder(args)
         purge_step = self.first_step + 1 if args.resume else None
         self.writer = SummaryWriter(self.path, purge_step=purge_step)
         flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
@@ -1239,7 +1354,7 @@ class Run:
         print(f"run: {self.path}, from step {self.first_step:,}, preset {args.preset}")
         print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
-        print(f"agent: {size:,} parameters on {parameters[0].device}")
+        print(f"agent: {size:,} parameters on {parameters[0].device}, processes: {WORLD_SIZE}")
         rows = args.batch_size // args.num_minibatches
         minibatches = f"{args.num_minibatches} minibatches of {rows} rows"
         print(f"update: {args.update_epochs} epochs of {minibatches}", flush=True)
@@ -1249,24 +1364,27 @@ class Run:
 
         Raises NonFiniteError if a loss, a gradient, a weight or a statistic is not finite.
         """
-        step = iteration * self.args.batch_size
-        speed = (step - self.first_step) / (time.perf_counter() - self.start_time)
         names = infos[0] if infos else ()  # there are none where the KL stop came at once
         losses = {name: torch.stack([info[name] for info in infos]).cpu().numpy() for name in names}
         check_finite(**losses)
         weights = self.agent.state_dict()
         check_finite(**{name: x.flatten().cpu().numpy() for name, x in weights.items()})
+        explained = explained_variance(batch.value, batch.target).item()
+        returns, lengths = all_gather(np.stack([rollout.episode_return, rollout.episode_length]))
+        if RANK > 0:
+            return
+        step = iteration * self.args.batch_size
+        speed = (step - self.first_step) / (time.perf_counter() - self.start_time)
         scalars = {f"losses/{name}": x.mean() for name, x in losses.items()}
         scalars |= {f"charts/{name}": x for name, x in self.agent.scalars().items()}
-        scalars["losses/explained_variance"] = explained_variance(batch.value, batch.target).item()
+        scalars["losses/explained_variance"] = explained
         scalars["charts/learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         scalars["charts/SPS"] = speed
-        returns = rollout.episode_return
         self.returns.extend(returns.tolist())
-        self.lengths.extend(rollout.episode_length.tolist())
+        self.lengths.extend(lengths.tolist())
         if len(returns) > 0:
             scalars["charts/episodes"] = len(returns)
-            scalars["charts/episodic_length"] = rollout.episode_length.mean()
+            scalars["charts/episodic_length"] = lengths.mean()
             scalars["charts/episodic_return"] = returns.mean()
             scalars["charts/episodic_return_min"] = returns.min()
             scalars["charts/episodic_return_max"] = returns.max()
@@ -1312,6 +1430,7 @@ class Run:
             "returns": list(self.returns),
             "lengths": list(self.lengths),
             "best": self.best,
+            "world_size": WORLD_SIZE,
             "agent": cloned(self.agent.state_dict()),
             "optimizers": cloned(optimizers),
         }
@@ -1319,6 +1438,8 @@ class Run:
 
     def save(self, iteration: int) -> None:
         """Keep an iteration in memory, and write it to the folder if it is time to."""
+        if RANK > 0:
+            return
         self.keep(iteration)
         is_late = not self.args.exact_resume and time.monotonic() > self.saved_time + 600
         if is_late or self.checkpoint_is_due(iteration):
@@ -1342,6 +1463,8 @@ class Run:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Save what is not saved, say where the run ended and how to go on, and close the log."""
+        if RANK > 0:
+            return
         may_save = not self.args.exact_resume and not isinstance(error, NonFiniteError)
         try:
             if self.unsaved and may_save:
@@ -1379,7 +1502,7 @@ def make_folder(args: Args) -> str:
     return path
 
 
-# --- 9. Loading and evaluation --------------------------------------------------------------------
+# --- 10. Loading and evaluation -------------------------------------------------------------------
 def load(path: str) -> dict:
     """The checkpoint in a run's folder, or a .pt file; its "args" are Args, its "path" the file's.
 
@@ -1457,8 +1580,11 @@ def evaluate(
 def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     """Play args.eval_episodes episodes, each with a seed of its own, and return their raw returns.
 
-    Prints their statistics, and logs their mean, at `step`, and films to the folder.
+    Prints their statistics, and logs their mean, at `step`, and films to the folder. The first
+    process does so alone.
     """
+    if RANK > 0:
+        return np.zeros(0)
     env_seed, run_seed = reseed(args)
     device = next(agent.parameters()).device
     generator = Generator(device).manual_seed(run_seed)
@@ -1493,7 +1619,7 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     return returns
 
 
-# --- 10. Main -------------------------------------------------------------------------------------
+# --- 11. Main -------------------------------------------------------------------------------------
 def leave(signum: int, _frame: object) -> None:
     """End the process by raising SystemExit, so that context managers clean up, undisturbed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -74,7 +74,30 @@ class Exploding(Failing):
         return obs, reward, *ends
 
 
+class SecondError(Failing):
+    """Raises an exception in its ninth step, in the second process of torchrun alone."""
+
+    def __init__(self):
+        second = os.environ.get("RANK") == "1"
+        super().__init__(error="OSError", where="step" if second else "nowhere")
+
+
+class SecondNan(Failing):
+    """Observes a nan after its ninth step, in the second process of torchrun alone."""
+
+    def __init__(self):
+        super().__init__(error="OSError", where="nowhere")
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        if self.steps == 9 and os.environ.get("RANK") == "1":
+            obs = obs + np.float32("nan")
+        return obs, *rest
+
+
 for name in ERRORS:
     gym.register(f"{name}-v0", Failing, kwargs={"error": name}, disable_env_checker=True)
+gym.register("SecondError-v0", SecondError, disable_env_checker=True)
+gym.register("SecondNan-v0", SecondNan, disable_env_checker=True)
 gym.register("Stuck-v0", Stuck, disable_env_checker=True)
 gym.register("Exploding-v0", Exploding, disable_env_checker=True)

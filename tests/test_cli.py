@@ -386,7 +386,7 @@ def test_a_run(tmp_path):
     assert header[0] == f"run: runs/{name}, from step 0, preset none"
     assert header[1] == "environments: 4 x probes:Match-v0, sync"
     assert header[2] == "spaces: (1,) -> Discrete(2)"
-    assert re.fullmatch(r"agent: [\d,]+ parameters on cpu", header[3])
+    assert re.fullmatch(r"agent: [\d,]+ parameters on cpu, processes: 1", header[3])
     assert header[4] == "update: 4 epochs of 4 minibatches of 128 rows"
     assert re.match(r"2,048 steps \(100%\), [\d,]+ steps/s, return .*, 0:00:00 left", header[8])
     *_, end, way, evaluation = result.stdout.splitlines()
