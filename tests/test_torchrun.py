@@ -1,6 +1,7 @@
 """Two processes of torchrun, really connected, beside one process and beside arithmetic."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -86,10 +87,15 @@ def test_no_environment_shares_a_seed(two):
     assert [count for _, count in first["seeds"]] == [3, 1, 1], "the first evaluates alone"
 
 
-def test_processes_act_differently(two):
-    _, _, (first, second) = two
-    a, b = first["minibatch"][0]["action"], second["minibatch"][0]["action"]
-    assert a.tolist() != b.tolist()
+def test_processes_have_random_numbers_of_their_own(monkeypatch):
+    """Also where environments draw from the generators of their process."""
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(ppo, "RANK", rank)
+        _, run_seed = ppo.reseed(ppo.Args(num_envs=6), 3)
+        drawn.append((run_seed, torch.rand(1).item(), np.random.rand(), random.random()))  # noqa: NPY002
+    assert all(a != b for a, b in zip(*drawn, strict=True))
 
 
 def test_statistics_are_those_of_all_rows(two):
