@@ -201,6 +201,7 @@ PRESETS = {
         "total_timesteps": 10_000_000,
         "num_envs": 8,
         "clip_coef": 0.1,
+        "log_std_init": -1.0,  # for Box actions, as in the preset for them
         "norm_obs": False,
     },
 }
@@ -801,7 +802,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     check(args, checkpoint)
     reseed(args)  # constructors of environments may draw from the process's generators
     own_args = replace(args, num_envs=args.num_envs // WORLD_SIZE)  # of this process
-    connect()
+    connect(args)
     with closing_envs(make_envs(own_args)) as envs:
         device = set_up(args, envs.single_observation_space)
         generator = Generator(device)  # for actions and minibatches; environments cannot reach it
@@ -853,22 +854,35 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machin
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
 
 
-def connect() -> None:
-    """Connect all processes until they end; once one has failed, torchrun ends the others."""
+class ProcessError(RuntimeError):
+    """Another process has ended before its time; why is said by itself."""
+
+
+def connect(args: Args) -> None:
+    """Connect all processes until they end; once one has failed, torchrun ends the others.
+
+    Raises InputError if they were started with different arguments.
+    """
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # Optimizers import this, and imported later it would keep the group from being destroyed.
         import_module("torch._dynamo")
         distributed.init_process_group()  # gloo for tensors on the CPU, nccl for those on CUDA
         atexit.register(distributed.destroy_process_group)
+    flags = str(replace(args, env_kwargs={}))  # without objects, of which each has its own
+    if len(set(all_gather(np.array([flags])))) > 1:
+        raise InputError("The flags of the processes differ; start all of them with the same.")
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum x over all processes, in place."""
+    """Sum x over all processes, in place. Raises ProcessError if one of them is lost."""
     if WORLD_SIZE > 1:
         work = distributed.all_reduce(x, async_op=True)
         while x.device.type == "cpu" and not work.is_completed():
             os.sched_yield()  # a thread that sleeps until then is woken late, and hears no signal
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ProcessError(f"Process {RANK} has lost another one, which failed.") from error
     return x
 
 
@@ -1054,8 +1068,8 @@ def check_unchanged(args: Args, checkpoint: dict) -> None:
         raise InputError(f"{names} cannot be given with --{mode} {path}: it keeps its own.")
     processes = checkpoint.get("world_size", 1)
     if mode == "resume" and processes != WORLD_SIZE:
-        reason = f"it was started with {processes}, which only a new run can change"
-        raise InputError(f"{args.resume} cannot go on in {WORLD_SIZE} processes: {reason}.")
+        way = f"torchrun --nproc-per-node {processes} ppo.py --resume {args.resume}"
+        raise InputError(f"{args.resume} needs as many processes as it had, {processes}: {way}")
 
 
 def plain(args: Args) -> dict:
@@ -1072,7 +1086,8 @@ def explained(env_id: str, kwargs: dict) -> Iterator[None]:
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
         if not kwargs and not isinstance(error, gym.error.Error | ImportError):
             raise  # no argument was given that could be refused, so it is a bug
-        hint = "; pip install ale-py" if "ale_py" in str(error) else ""
+        is_absent = isinstance(error, ImportError) and "ale_py" in str(error)
+        hint = "; pip install ale-py" if is_absent else ""
         asked = f"{env_id} with {kwargs}" if kwargs else env_id
         raise InputError(f"Cannot make {asked}: {type(error).__name__}: {error}{hint}") from error
 
@@ -1092,6 +1107,9 @@ class Atari(VectorWrapper):
     def __init__(self, args: Args, kwargs: dict):
         if "render_mode" in kwargs:
             raise InputError(f"{args.env_id} cannot be filmed: its vector version shows nothing.")
+        for name in ("continuous", "episodic_life", "life_loss_info", "reward_clipping"):
+            if kwargs.get(name):
+                raise InputError(f"{args.env_id} cannot be played with {name}; leave it out.")
         kwargs = {
             "repeat_action_probability": 0.0,  # the version registered has sticky actions
             "reward_clipping": False,  # so that returns are the scores
@@ -1283,7 +1301,9 @@ def check_finite(**arrays: np.ndarray) -> None:
         finite = np.isfinite(x)
         if not finite.all():
             index = np.argwhere(~finite)[0].tolist()
-            found.append((index[0], len(found), f"{name}{index} is {x[tuple(index)]}"))
+            where = f" in process {RANK}" if WORLD_SIZE > 1 else ""
+            message = f"{name}{index} is {x[tuple(index)]}{where}"
+            found.append((index[0], len(found), message))
     if all_sum(torch.tensor(len(found))) > 0:
         messages = [min(found)[-1]] if found else []
         raise NonFiniteError(all_gather(np.array(messages, str))[0])
@@ -1474,7 +1494,10 @@ class Run:
             print(f"\nend: {self.progress}, after {timedelta(seconds=seconds)}")
             step = self.saved_step
             way = "evaluate" if step >= self.args.total_timesteps else "resume"
-            print(f"{way} from step {step:,}: python ppo.py --{way} {self.path}", flush=True)
+            program = "python ppo.py"
+            if way == "resume" and WORLD_SIZE > 1:
+                program = f"torchrun --nproc-per-node {WORLD_SIZE} ppo.py"
+            print(f"{way} from step {step:,}: {program} --{way} {self.path}", flush=True)
             self.writer.close()
 
 
@@ -1637,9 +1660,12 @@ def main(agent_class: type[Agent] = Agent) -> None:
             evaluate(args.evaluate, args, agent_class, checkpoint)
         else:
             train(args, agent_class, checkpoint)
-    except (InputError, gym.error.DependencyNotInstalled, NonFiniteError) as error:
+    except (InputError, gym.error.DependencyNotInstalled) as error:
         print(f"ppo.py: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+        sys.exit(2)
+    except (NonFiniteError, ProcessError) as error:
+        print(f"ppo.py: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

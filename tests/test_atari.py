@@ -218,10 +218,16 @@ def test_whole_games_are_evaluated():
 
 def test_what_games_are_asked_for_in_vain(command):
     """Colours, which are a fourth dimension, and what the version of ALE does not know."""
-    for kwargs, part in (('{"grayscale": false}', "dimensions"), ('{"size": 5}', "size")):
+    for kwargs, part in (
+        ('{"grayscale": false}', "dimensions"),
+        ('{"size": 5}', "size"),
+        ('{"episodic_life": true}', "cannot be played with episodic_life"),
+        ('{"continuous": true}', "cannot be played with continuous"),
+    ):
         result = command("--env-id", BREAKOUT, "--env-kwargs", kwargs)
         assert result.returncode == 2
         assert part in result.stderr.splitlines()[-1]
+        assert "pip install" not in result.stderr
     result = command("--env-id=ALE/Brakeout-v5", "--total-timesteps=64")
     assert result.returncode == 2
     assert "Brakeout" in result.stderr

@@ -197,6 +197,7 @@ def test_the_preset(command):
     assert (args.num_envs, args.num_steps, args.num_minibatches) == (8, 128, 4)
     assert (args.update_epochs, args.clip_coef, args.ent_coef) == (4, 0.1, 0.01)
     assert (args.learning_rate, args.anneal_lr, args.norm_obs) == (2.5e-4, True, False)
+    assert args.log_std_init == ppo.PRESETS["continuous"]["log_std_init"], "for Box actions"
     assert args.total_timesteps == 10_000_000
     args = ppo.parse_args(["--env-id=test_images:Square-v0", "--clip-coef=0.3"])
     assert (args.preset, args.clip_coef, args.num_envs) == ("image", 0.3, 8)

@@ -20,8 +20,8 @@ MAX_COMPLEXITY = 10
 
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
-MAX_LINES_OF_PPO = 848
-MAX_LINES = 1646
+MAX_LINES_OF_PPO = 849
+MAX_LINES = 1672
 
 
 def test_licence():

@@ -38,10 +38,21 @@ def start(folder, *command, launch=HERE):
     )
 
 
+def workers(process):
+    """The processes that torchrun has started."""
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
 def finish(process):
     """Its output and errors; it has to end by itself."""
     try:
         return process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        for pid in workers(process):  # in sessions of their own
+            os.kill(pid, signal.SIGKILL)
+        raise
     finally:
         process.kill()
 
@@ -223,16 +234,10 @@ def test_the_number_of_processes_stays(two, monkeypatch, command):
     monkeypatch.chdir(two[0])
     result = command("--resume=runs/a", "--total-timesteps=2000")
     assert result.returncode == 2
-    assert "cannot go on in 1 processes: it was started with 2" in result.stderr
+    way = "torchrun --nproc-per-node 2 ppo.py --resume runs/a"
+    assert f"runs/a needs as many processes as it had, 2: {way}" in result.stderr
     result = command("--evaluate=runs/a", "--eval-episodes=1")
     assert result.returncode == 0, result.stderr
-
-
-def workers(process):
-    """The processes that torchrun has started."""
-    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [int(pid) for pid in listed.stdout.split()]
 
 
 def training(folder, *flags):
@@ -266,14 +271,15 @@ def test_a_signal_saves_the_last_iteration(tmp_path):
     out, err = finish(process)
     assert process.returncode != 0
     assert OURS not in err
-    step = int(re.search(r"resume from step ([\d,]+)", out)[1].replace(",", ""))
+    way = r"resume from step ([\d,]+): torchrun --nproc-per-node 2 ppo.py --resume runs/a\n"
+    step = int(re.search(way, out)[1].replace(",", ""))
     assert saved(tmp_path / "runs/a")["global_step"] == step
 
 
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
-        ("failing:SecondNan-v0", r"ppo.py: obs\[\d+, \d, 0\] is nan"),
+        ("failing:SecondNan-v0", r"ppo.py: obs\[\d+, \d, 0\] is nan in process 1"),
         ("failing:SecondError-v0", "OSError: the motor is on fire"),
     ],
 )
@@ -287,13 +293,18 @@ def test_a_failure_of_one_process_is_seen_and_ends_both(env_id, message, tmp_pat
     assert saved(tmp_path / "runs/a")["iteration"] == 0
 
 
-def test_two_nodes(tmp_path):
-    """Two launchers of a process each, which both have local rank 0, meet at an address."""
+def node():
+    """The flags of two launchers of a process each, which meet at an address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-    launch += [f"--rdzv-endpoint=127.0.0.1:{port}"]
+    return [*launch, f"--rdzv-endpoint=127.0.0.1:{port}"]
+
+
+def test_two_nodes(tmp_path):
+    """Both processes have local rank 0."""
+    launch = node()
     command = [TESTS / "ranks.py", tmp_path, *FLAGS, "--total-timesteps=384"]
     nodes = [start(tmp_path, *command, launch=launch) for _ in range(2)]
     outputs = [finish(node) for node in nodes]
@@ -302,6 +313,29 @@ def test_two_nodes(tmp_path):
     first, second = seen(tmp_path)
     assert differing(first["agent"], second["agent"]) == []
     assert second["seeds"] == [(first["seeds"][0][0] + 3, 3)]
+
+
+def test_nodes_are_to_have_the_same_flags(tmp_path):
+    launch = node()
+    command = [PPO, *FLAGS, "--total-timesteps=384"]
+    nodes = [start(tmp_path, *command, *more, launch=launch) for more in ((), ("--gamma=0.9",))]
+    for process in nodes:
+        _, err = finish(process)
+        assert process.returncode == 1
+        assert "ppo.py: The flags of the processes differ" in err
+        assert OURS not in err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_folder_that_is_there_is_left_alone(two):
+    """Only the first process knows of it, but both end without a traceback."""
+    folder, *_ = two
+    before = (folder / "runs/a/checkpoint.pt").read_bytes()
+    result = torchrun(folder, PPO, *FLAGS, "--total-timesteps=384")
+    assert result.returncode == 1
+    assert "ppo.py: Cannot make folder runs/a: File exists" in result.stderr
+    assert OURS not in result.stderr
+    assert (folder / "runs/a/checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(
