@@ -958,9 +958,8 @@ def preset(
 ) -> dict:
     """The arguments that a preset sets; `auto` makes an environment and goes by its spaces."""
     atari = ATARI if is_atari(env_id) else {}
-    if atari and name == "auto":
-        name = "image"
     if name == "auto":
+        mode = atari.get("vectorization_mode", mode)
         args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
         check(replace(args, num_envs=WORLD_SIZE))
         with closing_envs(make_envs(args)) as envs:

@@ -176,6 +176,8 @@ def test_the_flags_of_a_game(command):
         assert (args.clip_reward, args.norm_reward, args.num_envs) == (True, False, 4)
         with ppo.closing_envs(ppo.make_envs(args)) as envs:
             assert envs.single_observation_space.shape == (4, 84, 84)
+    small = ppo.preset(BREAKOUT, {"img_height": 30})  # too small for the network for images
+    assert small["preset"] == "none"
     for mode in ("sync", "async"):
         result = command("--env-id", BREAKOUT, "--vectorization-mode", mode)
         assert result.returncode == 2

@@ -21,7 +21,7 @@ MAX_COMPLEXITY = 10
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
 MAX_LINES_OF_PPO = 849
-MAX_LINES = 1672
+MAX_LINES = 1671
 
 
 def test_licence():
