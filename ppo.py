@@ -69,7 +69,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -128,7 +128,7 @@ class Args:
     # set of defaults: none, continuous (for Box actions), image (for images), or auto, which picks
     # one of them by the spaces, and is what the command line does unless told otherwise
     preset: Literal["auto", "none", "continuous", "image"] = "none"
-    num_envs: int = 4  # N, environments that are stepped side by side
+    num_envs: int = 4  # environments that are stepped side by side, divided among processes
     # sync: in this process; async: a process each; vector_entry_point: their own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
     # start first episodes, which then do not count, with a random part of their time limit elapsed:
@@ -509,7 +509,7 @@ class Minibatch(NamedTuple):
     action: Tensor  # (M, *action_shape) int64 or float32
     logprob: Tensor  # (M,) float32, log pi_old(a|s)
     value: Tensor  # (M,) float32, V(s) when advantages were computed, the centre of its clip
-    advantage: Tensor  # (M,) float32
+    advantage: Tensor  # (M,) float32; `update` normalises it if args.norm_adv
     target: Tensor  # (M,) float32, what V(s) is regressed to
 
 
@@ -644,11 +644,10 @@ def minibatches(batch: Minibatch, count: int, generator: Generator) -> Iterator[
         yield Minibatch._make(parts)
 
 
-def normalized(parts: Iterable[Minibatch]) -> list[Minibatch]:
+def normalized(parts: list[Minibatch]) -> list[Minibatch]:
     """Minibatches with advantages scaled to mean 0 and deviation 1, each its own [Details] #7."""
-    parts = list(parts)
     advantages = [part.advantage for part in parts]
-    sums = torch.stack([x.sum() for x in advantages])  # (num_minibatches,), as the next four
+    sums = torch.stack([x.sum() for x in advantages])  # (num_minibatches,)
     counts = sums.new_tensor([len(x) for x in advantages])
     sums, counts = all_sum(torch.stack([sums, counts]))
     centred = [x - mean for x, mean in zip(advantages, sums / counts, strict=True)]
@@ -764,7 +763,7 @@ def update(
         if epoch > 0 and args.recompute_advantages:
             recomputed = estimate_advantages(agent, rollout, args)
             batch = recomputed._replace(logprob=batch.logprob)  # the same rows; pi_old stays
-        parts = minibatches(batch, args.num_minibatches, generator)
+        parts = list(minibatches(batch, args.num_minibatches, generator))
         if args.norm_adv:
             parts = normalized(parts)
         for minibatch in parts:
@@ -773,6 +772,7 @@ def update(
                 optimizer.zero_grad()
             loss.backward()
             info = average_gradients(parameters, info, len(minibatch.obs))
+            # Asked only now, as the KL divergence of all processes comes with their gradients.
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos
             info["grad_norm"] = clip_gradients(parameters, max_norm)

@@ -20,13 +20,14 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from speed import spread
 
 HERE = Path(__file__).parent
 PPO = HERE.parents[1] / "ppo.py"
@@ -145,11 +146,6 @@ def measure(workload):
     return one.speed, apart, finish(start(TORCHRUN, workload.command(1)))
 
 
-def spread(values, form):
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
-
-
 def efficiency(result, processes, latency, bandwidth):
     """What the model says of so many processes."""
     seconds = 0.0
@@ -179,8 +175,8 @@ def main():
         runs = [measure(workload) for _ in range(options.runs)]
         cells = [
             workload.name,
-            spread([one for one, _, _ in runs], ",.0f"),
-            spread([two.speed for _, _, two in runs], ",.0f"),
+            spread([one for one, _, _ in runs]),
+            spread([two.speed for _, _, two in runs]),
             spread([two.speed / one / 2 for one, _, two in runs], ".0%"),
             spread([apart / one / 2 for one, apart, _ in runs], ".0%"),
             spread([two.speed / apart for _, apart, two in runs], ".0%"),

@@ -57,6 +57,11 @@ class Workload:
     clip_coef: float = 0.2
     is_game: bool = False
 
+    @property
+    def threads(self):
+        """What OMP_NUM_THREADS is to be (None: left alone)."""
+        return None if self.is_game else "1"
+
     def flags(self, mode):
         timesteps = self.iterations * self.num_envs * self.num_steps
         scaling = "--norm-obs --norm-reward --no-clip-reward"
@@ -171,9 +176,9 @@ def run(*command, threads="1"):
     return Result(speed, megabytes, seconds, (usage.ru_utime + usage.ru_stime) / seconds)
 
 
-def spread(values, digits=0):
+def spread(values, form=",.0f"):
     middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
 def compare(names, runs):
@@ -193,8 +198,7 @@ def compare(names, runs):
                 commands["ppo.py", mode] = (PPO, *workload.flags(mode), "--seed", seed)
                 commands["bound", mode] = ("-c", RANDOM_ACTIONS, spec, mode)
             for program in list(commands)[:: 1 if seed % 2 else -1]:  # who goes first changes
-                threads = None if workload.is_game else "1"
-                results[program].append(run(*commands[program], threads=threads))
+                results[program].append(run(*commands[program], threads=workload.threads))
         for mode in workload.modes:
             ours, theirs, bound = results["ppo.py", mode], results["SB3"], results["bound", mode]
             shares = [a.speed / b.speed for a, b in zip(ours, bound, strict=True)]
@@ -203,7 +207,7 @@ def compare(names, runs):
                 f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}",
                 spread([x.speed for x in ours]),
                 spread([x.speed for x in theirs]),
-                spread([a.speed / b.speed for a, b in zip(ours, theirs, strict=True)], 2),
+                spread([a.speed / b.speed for a, b in zip(ours, theirs, strict=True)], ",.2f"),
                 f"{statistics.median(x.speed for x in bound):,.0f}",
                 f"{statistics.median(shares):.0%}",
                 f"{statistics.median(x.megabytes for x in ours):,.0f}",
@@ -224,11 +228,10 @@ def compare_versions(names, runs, other):
         for seed in range(1, runs + 1):
             for program in list(speeds)[:: 1 if seed % 2 else -1]:  # who goes first changes
                 flags = workload.flags(workload.modes[0])
-                threads = None if workload.is_game else "1"
-                result = run(program, *flags, "--seed", seed, threads=threads)
+                result = run(program, *flags, "--seed", seed, threads=workload.threads)
                 speeds[program].append(result.speed)
         ratios = [a / b for a, b in zip(speeds[PPO], speeds[other], strict=True)]
-        cells = [name, spread(speeds[PPO]), spread(speeds[other]), spread(ratios, 2)]
+        cells = [name, spread(speeds[PPO]), spread(speeds[other]), spread(ratios, ",.2f")]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -247,9 +250,10 @@ def start_up(runs):
         name: x[1:] for name, x in seconds.items()
     }  # the first may have read the files from the disk
     ratios = [a / b for a, b in zip(warm["ppo.py"], warm["imports"], strict=True)]
-    print(f"\na run of one iteration, from the command to its exit: {spread(warm['ppo.py'], 2)} s")
-    print(f"importing torch, gymnasium and tensorboard alone: {spread(warm['imports'], 2)} s")
-    print(f"ratio: {spread(ratios, 2)}; SB3's run of one iteration: {spread(warm['SB3'], 2)} s")
+    ours, imports, theirs = (spread(warm[name], ".2f") for name in ("ppo.py", "imports", "SB3"))
+    print(f"\na run of one iteration, from the command to its exit: {ours} s")
+    print(f"importing torch, gymnasium and tensorboard alone: {imports} s")
+    print(f"ratio: {spread(ratios, '.2f')}; SB3's run of one iteration: {theirs} s")
 
 
 class Clock:
@@ -415,8 +419,8 @@ def main():
         print(f"median (lowest to highest) of {options.runs} runs\n")
     if options.profile:
         workload = WORKLOADS[options.profile]
-        if not workload.is_game:
-            os.environ["OMP_NUM_THREADS"] = "1"
+        if workload.threads is not None:
+            os.environ["OMP_NUM_THREADS"] = workload.threads
         profile(options.profile, NATIVE if options.native else workload.modes[0])
     elif options.against:
         compare_versions(options.only or WORKLOADS, options.runs, options.against.resolve())
