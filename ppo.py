@@ -30,6 +30,7 @@ and random generators, 9 the folder of a run, 10 loading and evaluation, 11 main
     restart           resets environments and generators
     check_finite      raises if there is a nan or an infinity
     check_optimizers  raises if a parameter of the agent is in no optimizer
+    compiled          compiles a function, for --compile
     Run               the folder of the run, its checkpoints, TensorBoard's log, the console
     play              plays the episodes of an evaluation
 
@@ -57,6 +58,7 @@ not valid, and never trained on. So obs[t + 1] is always where row t led, also a
 """
 
 import atexit
+import functools
 import io
 import itertools
 import json
@@ -69,7 +71,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -150,6 +152,9 @@ class Args:
     max_grad_norm: float | None = 0.5  # clip the gradient to this global 2-norm (None: off)
     target_kl: float | None = None  # stop an update once approximate KL exceeds this (None: off)
     recompute_advantages: bool = False  # recompute values and advantages every epoch (off: once)
+    # compile loss and gradient, which takes some ten seconds at the start and then more than halves
+    # their time; on the CPU it needs a C++ compiler
+    compile: bool = False
 
     # Loss
     clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
@@ -602,8 +607,10 @@ def logprob_and_value(agent: Agent, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Log pi(a|s) (T, N) and V(s) (T + 1, N) of a rollout, in chunks, so that memory is bounded."""
     logprobs = []
     values = []
-    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(1024)  # of (T * N, *obs)
-    action_chunks = rollout.action.flatten(0, 1).split(1024)  # of (T * N, *action_shape)
+    rows = 8_000_000 // rollout.obs[0, 0].numel()  # of a chunk; some 280 of Atari's images
+    rows = min(max(rows, 1), 1024)
+    obs_chunks = rollout.obs[:-1].flatten(0, 1).split(rows)  # of (T * N, *obs)
+    action_chunks = rollout.action.flatten(0, 1).split(rows)  # of (T * N, *action_shape)
     for obs, action in zip(obs_chunks, action_chunks, strict=True):
         dist, value = agent(obs)
         logprobs.append(dist.log_prob(action))
@@ -741,6 +748,15 @@ def collect(
     return rollout, next_state
 
 
+def backward(
+    agent: Agent, minibatch: Minibatch, args: Args, epsilon: float | Tensor
+) -> dict[str, Tensor]:
+    """Give the parameters the gradient of the loss, and return its scalars."""
+    loss, info = ppo_loss(agent, minibatch, args, epsilon)
+    loss.backward()
+    return info
+
+
 def update(
     agent: Agent,
     optimizers: list[Optimizer],
@@ -758,6 +774,7 @@ def update(
     check_optimizers(agent, optimizers)  # a fork may have replaced a parameter since they were made
     parameters = list(agent.parameters())
     max_norm = args.max_grad_norm or math.inf
+    differentiate = compiled(backward) if args.compile else backward
     infos = []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
@@ -767,10 +784,9 @@ def update(
         if args.norm_adv:
             parts = normalized(parts)
         for minibatch in parts:
-            loss, info = ppo_loss(agent, minibatch, args, epsilon)
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            loss.backward()
+            info = differentiate(agent, minibatch, args, epsilon)
             info = average_gradients(parameters, info, len(minibatch.obs))
             # Asked only now, as the KL divergence of all processes comes with their gradients.
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
@@ -828,11 +844,14 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
 
                 # Algorithm 1 of [PPO], with running statistics.
                 rollout, state = collect(agent, envs, state, args, generator)
+                run.lap("rollout")
                 if agent.return_stats is not None:  # this rollout's rewards are scaled by it, too
                     agent.return_stats.update(rollout.discounted_return[rollout.valid])
 
                 batch = estimate_advantages(agent, rollout, args)
+                run.lap("advantage")
                 infos = update(agent, optimizers, rollout, batch, args, epsilon, generator)
+                run.lap("update")
                 if agent.obs_stats is not None:  # only now, as this changes the policy
                     agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
@@ -946,6 +965,7 @@ ATARI = {  # what --env-id ALE/... has beside the preset for images
 CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evaluated
     "total_timesteps",
     "checkpoint_interval",
+    "compile",
     "device",
     "eval_episodes",
     "eval_stochastic",
@@ -1191,7 +1211,7 @@ def closing_envs(envs: VectorEnv) -> Iterator[VectorEnv]:
 def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
     """Set torch's threads and cuDNN, and return the device to train on.
 
-    Raises InputError if it is not at hand, or if the evaluation cannot be filmed.
+    Raises InputError if it is not at hand, or cannot do what --compile or --capture-video ask for.
     """
     convolutions = is_image(observation_space)
     name = args.device
@@ -1208,9 +1228,38 @@ def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
     if device.type == "cpu" and not convolutions and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.compile:
+        check_compiler(device)
     if args.capture_video and args.eval_episodes > 0:
         check_film(args)
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError if nothing can be compiled for the device."""
+    torch._dynamo.reset()  # forget what earlier runs of this process have compiled
+    try:
+        torch.compile(torch.square)(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        needed = "a C++ compiler" if device.type == "cpu" else "what torch.compile needs"
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--compile needs {needed}; torch says: {reason}") from error
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The function, compiled when it is called first, for tensors of any size.
+
+    Its arguments that are floats become tensors: a float would be compiled in, changes unseen.
+    """
+    torch._dynamo.config.trace_autograd_ops = True  # else backward() could not be compiled
+    compiled_function = torch.compile(function, dynamic=True)
+
+    def call(*arguments: object) -> object:
+        tensors = [torch.tensor(x) if isinstance(x, float) else x for x in arguments]
+        return compiled_function(*tensors)
+
+    return call
 
 
 def check_film(args: Args) -> None:
@@ -1348,6 +1397,9 @@ class Run:
         self.first_step = start["iteration"] * self.args.batch_size
         self.saved_step = self.first_step
         self.path = args.resume
+        self.seconds = {}  # of the phases of the iteration
+        self.start_time = time.perf_counter()  # so that the start-up does not count
+        self.lap_time = self.start_time
         if RANK > 0:  # the first process writes and speaks for all
             return
         if self.path is None:
@@ -1360,7 +1412,8 @@ class Run:
         self.write()  # also of a resumed run, as its arguments may have changed
         self.show_header(envs)
         self.progress = f"{self.first_step:,} steps"
-        self.start_time = time.perf_counter()  # so that the start-up does not count
+        self.speed_step = self.first_step  # steps/s are counted from here
+        self.speed_time = self.start_time
 
     def __enter__(self) -> "Run":
         return self
@@ -1378,6 +1431,12 @@ class Run:
         minibatches = f"{args.num_minibatches} minibatches of {rows} rows"
         print(f"update: {args.update_epochs} epochs of {minibatches}", flush=True)
 
+    def lap(self, phase: str) -> None:
+        """The phase ends here, which began with the end of the one before."""
+        now = time.perf_counter()
+        self.seconds[phase] = now - self.lap_time
+        self.lap_time = now
+
     def log(self, iteration: int, rollout: Rollout, batch: Minibatch, infos: list[dict]) -> None:
         """Log the episodes, the mean losses and other scalars of an iteration, counted from 1.
 
@@ -1393,9 +1452,11 @@ class Run:
         if RANK > 0:
             return
         step = iteration * self.args.batch_size
-        speed = (step - self.first_step) / (time.perf_counter() - self.start_time)
+        now = time.perf_counter()
+        speed = (step - self.speed_step) / (now - self.speed_time)
         scalars = {f"losses/{name}": x.mean() for name, x in losses.items()}
         scalars |= {f"charts/{name}": x for name, x in self.agent.scalars().items()}
+        scalars |= {f"charts/seconds_{phase}": x for phase, x in self.seconds.items()}
         scalars["losses/explained_variance"] = explained
         scalars["charts/learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         scalars["charts/SPS"] = speed
@@ -1410,6 +1471,10 @@ class Run:
         for tag, value in scalars.items():
             if math.isfinite(value):  # explained variance is not if all targets are equal
                 self.writer.add_scalar(tag, value, step)
+        if self.args.compile and self.speed_step == self.first_step:
+            print(f"compiled: the first update took {self.seconds['update']:.1f} s", flush=True)
+            self.speed_step = step
+            self.speed_time = now
         self.show(iteration, speed)
 
     def show(self, iteration: int, speed: float) -> None:
@@ -1463,6 +1528,7 @@ class Run:
         is_late = not self.args.exact_resume and time.monotonic() > self.saved_time + 600
         if is_late or self.checkpoint_is_due(iteration):
             self.write()
+        self.lap_time = time.perf_counter()
 
     def write(self) -> None:
         """Write what is kept in memory to files, which are never half-written."""
@@ -1591,7 +1657,7 @@ def evaluate(
     """
     if checkpoint is None:
         checkpoint = load(path)
-    args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10)
+    args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10, compile=False)
     check(args, checkpoint)
     agent = make_agent(checkpoint, args, agent_class)
     agent.to(set_up(args, agent.observation_space))

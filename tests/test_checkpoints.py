@@ -107,7 +107,9 @@ def differing(a, b):
 
 
 def without_speed(curves):
-    return {tag: points for tag, points in curves.items() if tag != "charts/SPS"}
+    """Without those that the clock decides on."""
+    clocks = ("charts/SPS", "charts/seconds_")
+    return {tag: points for tag, points in curves.items() if not tag.startswith(clocks)}
 
 
 def curves(folder="runs/a"):

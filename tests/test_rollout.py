@@ -361,7 +361,7 @@ def test_values_come_in_chunks_of_the_whole():
         episode_length=np.zeros(0),
     )
     batch = ppo.estimate_advantages(agent, rollout, args)
-    assert max(len(obs) for obs in agent.valued) <= 4096
+    assert max(len(obs) for obs in agent.valued) == 1024
     with torch.no_grad():
         dist, value = agent(rollout.obs.flatten(0, 1))
         logprob = dist._replace(logp=dist.logp[:-2]).log_prob(rollout.action.flatten())
@@ -371,6 +371,25 @@ def test_values_come_in_chunks_of_the_whole():
     last = rollout.reward[-1] + args.gamma * value[-1]
     torch.testing.assert_close(batch.target[-2:], last)
     assert not any(x.requires_grad for x in batch)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(17, 1024), (84 * 84 * 4, 283), (9_000_000, 1)])
+def test_chunks_hold_a_bounded_number_of_numbers(size, rows):
+    """Eight million, but for single observations that have more: 2,000 rows without memory."""
+    chunks = []
+
+    def agent(obs):
+        chunks.append(len(obs))
+        return ppo.Categorical(torch.zeros(len(obs), 2)), torch.zeros(len(obs))
+
+    zeros = torch.zeros(1000, 2)
+    fields = dict.fromkeys(ppo.Rollout._fields, zeros)
+    obs = torch.zeros(1).expand(1001, 2, size)
+    rollout = ppo.Rollout(**{**fields, "obs": obs, "action": zeros.long()})
+    logprob, value = ppo.logprob_and_value(agent, rollout)
+    assert logprob.shape == (1000, 2)
+    assert value.shape == (1001, 2)
+    assert max(chunks[:-1]) == rows  # the last observations come together
 
 
 @pytest.mark.parametrize("norm_reward", [False, True])

@@ -409,3 +409,16 @@ def test_cartpole_is_learnt_by_two(tmp_path):
     flags = ["--num-envs=8", "--total-timesteps=120_000", "--eval-episodes=20"]
     result = torchrun(tmp_path, PPO, *flags)
     assert float(re.search(r"eval: mean (\S+)", result.stdout)[1]) >= 450, result.stdout
+
+
+def test_compiled_processes_are_those_that_are_not_up_to_rounding(tmp_path):
+    """Loss and gradient are compiled; what is summed over processes comes after them."""
+    results = []
+    for name, flags in (("eager", ["--no-compile"]), ("compiled", ["--compile"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        result = torchrun(folder, PPO, *FLAGS, "--total-timesteps=384", *flags)
+        assert result.returncode == 0, result.stderr
+        assert ("compiled: the first update took" in result.stdout) == (name == "compiled")
+        results.append(saved(folder / "runs/a")["agent"])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)

@@ -1,25 +1,33 @@
-"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) on the same work and beside its
-environments.
+"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) and other peers on the same work, and
+beside its environments.
 
-    python tests/benchmarks/speed.py                       # the table, a quarter of an hour
+    python tests/benchmarks/speed.py                       # the table, half an hour
     python tests/benchmarks/speed.py --only cartpole-4     # some of its rows
+    python tests/benchmarks/speed.py --peers folder        # beside more peers than SB3
+    python tests/benchmarks/speed.py --until               # seconds until a return is reached
     python tests/benchmarks/speed.py --against old/ppo.py  # beside another ppo.py, not SB3
     python tests/benchmarks/speed.py --profile cartpole-4  # where the time of one workload goes
     python tests/benchmarks/speed.py --modes               # which --vectorization-mode for what
 
-Both programs are given the same environments, networks, initialisation, optimizer, rollouts,
-minibatches, epochs and normalisation, each of them explicitly. SB3 steps environments one by one
-in any case; in the rows that say so, ppo.py steps the environment's own vector version. Each run
-is a process of its own on one torch thread (with images: on as many as torch likes), and the
-programs take turns. Steps per second leave the start-up out, on both sides. The bound is stepping
-the same vector environment with random actions. Memory is the peak of the process's resident set.
-Games are played under the same conditions, by ALE's vector version in ppo.py and by the wrappers
-of SB3 in SB3, and rewards are clipped by sign instead of normalised.
+All programs are given the same environments, networks, initialisation, optimizer, rollouts,
+minibatches, epochs and normalisation, as far as they can be told; peers/ has what each is told, and
+says what is different. SB3 steps environments one by one in any case; in the rows that say so,
+ppo.py steps the environment's own vector version. Each run is a process of its own on one torch
+thread (with images: on as many as torch likes), and the programs take turns. Steps per second leave
+out the start-up, and with --compile and of the peers the first rollout and its update, in which
+functions are compiled; --until counts all seconds from the command to its end. The bound is
+stepping the same vector environment with random actions. Memory is the peak of the process's
+resident set. Games are played under the same conditions, by ALE's vector version in ppo.py and by
+the wrappers of SB3 in SB3, and rewards are clipped by sign instead of normalised.
 
 In the steps of ppo.py and of the bound are those that only reset an environment, 0.3 to 2 % of
 all (with random actions 4 % on CartPole); SB3 resets within the step that ends an episode. ppo.py
 writes TensorBoard's files and SB3 none. SB3 updates its running statistics in every step, ppo.py
 after every rollout.
+
+SB3 comes with tests/benchmarks/requirements.txt. The other peers have virtual environments of their
+own in the folder that --peers names; those that are not there are left out, with the command that
+makes them.
 """
 
 import argparse
@@ -39,13 +47,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
+PEERS = HERE / "peers"
 PPO = HERE.parents[1] / "ppo.py"
 SYNC, NATIVE = "sync", "vector_entry_point"
 
 
 @dataclasses.dataclass
 class Workload:
-    """What both programs do, in `iterations` that take some seconds."""
+    """What all programs do, in `iterations` that take some seconds."""
 
     env_id: str
     num_envs: int
@@ -55,28 +64,57 @@ class Workload:
     update_epochs: int = 4
     modes: tuple = (SYNC,)
     clip_coef: float = 0.2
+    learning_rate: float = 2.5e-4
+    norm_adv: bool = True
+    ent_coef: float = 0.01
+    vf_coef: float = 0.5
+    log_std_init: float = 0.0
+    target_kl: float | None = None
+    recompute_advantages: bool = False
     is_game: bool = False
+    target: float | None = None  # end once the mean of the last 100 training episodes is this
 
     @property
     def threads(self):
         """What OMP_NUM_THREADS is to be (None: left alone)."""
         return None if self.is_game else "1"
 
+    @property
+    def title(self):
+        work = f"{self.env_id.split(':')[-1]}, {self.num_envs} x {self.num_steps}"
+        return f"{work}, {self.update_epochs} epochs of {self.num_minibatches} minibatches"
+
     def flags(self, mode):
         timesteps = self.iterations * self.num_envs * self.num_steps
         scaling = "--norm-obs --norm-reward --no-clip-reward"
         if self.is_game:
             scaling = "--no-norm-obs --no-norm-reward --clip-reward"
+        norm_adv = "--norm-adv" if self.norm_adv else "--no-norm-adv"
+        recompute = "--recompute-advantages" if self.recompute_advantages else ""
         return f"""--preset none --env-id {self.env_id} --num-envs {self.num_envs}
             --vectorization-mode {mode} --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
-            --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 --gae-lambda 0.95 --norm-adv
-            --clip-coef {self.clip_coef} --no-anneal-clip --clip-vloss --dual-clip None
-            --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 --target-kl None
-            --no-recompute-advantages --hidden-sizes 64 64 --activation tanh --log-std-init 0
-            {scaling} --device cpu --eval-episodes 0 --checkpoint-interval 1_000_000""".split()
+            --learning-rate {self.learning_rate} --anneal-lr --gamma 0.99 --gae-lambda 0.95
+            {norm_adv} --clip-coef {self.clip_coef} --no-anneal-clip --clip-vloss --dual-clip None
+            --ent-coef {self.ent_coef} --vf-coef {self.vf_coef} --max-grad-norm 0.5
+            --target-kl {self.target_kl} {recompute} --hidden-sizes 64 64 --activation tanh
+            --log-std-init {self.log_std_init} {scaling} --device cpu --eval-episodes 0
+            --checkpoint-interval 1_000_000""".split()
 
 
+PRESET = {  # that of ppo.py for continuous actions
+    "num_envs": 64,
+    "num_steps": 32,
+    "num_minibatches": 32,
+    "update_epochs": 10,
+    "learning_rate": 3e-4,
+    "norm_adv": False,
+    "ent_coef": 0.0,
+    "vf_coef": 0.25,
+    "log_std_init": -1.0,
+    "target_kl": 0.05,
+    "recompute_advantages": True,
+}
 WORKLOADS = {
     "cartpole-4": Workload("CartPole-v1", 4, 128, 120),
     "cartpole-16": Workload("CartPole-v1", 16, 128, 60, modes=(SYNC, NATIVE)),
@@ -86,44 +124,36 @@ WORKLOADS = {
     "pendulum-4": Workload("Pendulum-v1", 4, 1024, 15),
     "halfcheetah-1": Workload("HalfCheetah-v5", 1, 2048, 6, num_minibatches=32, update_epochs=10),
     "halfcheetah-8": Workload("HalfCheetah-v5", 8, 256, 8, num_minibatches=32, update_epochs=10),
+    "halfcheetah-64": Workload("HalfCheetah-v5", iterations=12, **PRESET),
     "made-up-8": Workload("made_up:MadeUp-v0", 8, 256, 30),
     "breakout-8": Workload(
         "ale_py:ALE/Breakout-v5", 8, 128, 8, modes=(NATIVE,), clip_coef=0.1, is_game=True
     ),
 }
-
-STABLE_BASELINES3 = """
-import json, sys, time
-import torch
-from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
-w, seed = json.loads(sys.argv[1]), int(sys.argv[2])
-if ":" in w["env_id"]:
-    __import__(w["env_id"].split(":")[0])
-rows = w["num_envs"] * w["num_steps"]
-env_id = w["env_id"].split(":")[-1]
-if w["is_game"]:
-    envs = make_atari_env(env_id, w["num_envs"], seed, vec_env_cls=DummyVecEnv)
-    envs = VecFrameStack(envs, 4)
-    policy, network = "CnnPolicy", dict()
-else:
-    envs = make_vec_env(env_id, w["num_envs"], seed, vec_env_cls=DummyVecEnv)
-    envs = VecNormalize(envs, norm_obs=True, norm_reward=True, clip_obs=10.0, clip_reward=10.0,
-                        gamma=0.99)
-    policy = "MlpPolicy"
-    network = dict(net_arch=dict(pi=[64, 64], vf=[64, 64]), activation_fn=torch.nn.Tanh)
-model = PPO(policy, envs, n_steps=w["num_steps"], batch_size=rows // w["num_minibatches"],
-            n_epochs=w["update_epochs"], learning_rate=lambda remaining: 2.5e-4 * remaining,
-            gamma=0.99, gae_lambda=0.95, normalize_advantage=True, clip_range=w["clip_coef"],
-            clip_range_vf=w["clip_coef"], ent_coef=0.01,
-            vf_coef=0.5, max_grad_norm=0.5, target_kl=None, seed=seed, device="cpu",
-            policy_kwargs=dict(ortho_init=True, log_std_init=0.0, optimizer_kwargs=dict(eps=1e-5),
-                               **network))
-start = time.perf_counter()
-model.learn(w["iterations"] * rows)
-print(w["iterations"] * rows / (time.perf_counter() - start), "steps/s")
-"""
+WITH_PEERS = {
+    "cartpole-4": WORKLOADS["cartpole-4"],
+    "cartpole-64": WORKLOADS["cartpole-64"],
+    "pendulum-4": WORKLOADS["pendulum-4"],
+    "pendulum-rltools": Workload("Pendulum-v1", 4, 1024, 74, num_minibatches=16, update_epochs=2),
+    "halfcheetah-1": WORKLOADS["halfcheetah-1"],
+}
+UNTIL = {
+    "cartpole-4": Workload("CartPole-v1", 4, 128, 977, target=475),
+    "halfcheetah-64": Workload("HalfCheetah-v5", iterations=489, target=3000, **PRESET),
+}
+PACKAGES = {  # of the peers' virtual environments
+    "sbx": "sbx-rl==0.28.0 torch==2.13.0 gymnasium[mujoco]==1.4.0 mujoco==4.0.0",
+    "rlox": "rlox==1.2.0 torch==2.13.0 gymnasium==1.4.0",
+    "rejax": "rejax==0.1.3 gymnax==0.0.9",
+    "rltools": "rltools==2.2.1 gymnasium==1.4.0",
+}
+RUNS_WHAT = {  # environments of WITH_PEERS and UNTIL that a peer can run and was made for
+    "SB3": ("CartPole-v1", "Pendulum-v1", "HalfCheetah-v5"),
+    "sbx": ("CartPole-v1", "Pendulum-v1", "HalfCheetah-v5"),
+    "rlox": ("CartPole-v1", "Pendulum-v1"),
+    "rejax": ("CartPole-v1", "Pendulum-v1"),
+    "rltools": ("Pendulum-v1",),
+}
 
 RANDOM_ACTIONS = """
 import json, sys, time
@@ -151,15 +181,28 @@ class Result(NamedTuple):
     megabytes: float
     seconds: float
     busy: float  # processors, on average
+    reached: int | None  # step at which the target was reached
+
+
+def sb3(workload, seed):
+    """The command of SB3's run."""
+    spec = json.dumps(dataclasses.asdict(workload))
+    return sys.executable, PEERS / "with_sb3.py", "stable_baselines3", spec, seed
+
+
+def ours(workload, mode, seed, *more):
+    """The command of ppo.py's run, to the end or to the workload's target."""
+    program = [PPO] if workload.target is None else [PEERS / "with_ppo.py", workload.target]
+    return sys.executable, *program, *workload.flags(mode), "--seed", seed, *more
 
 
 def run(*command, threads="1"):
-    """Run Python with these arguments to its end, on so many torch threads (None: torch's own)."""
+    """Run a command to its end, on so many torch threads (None: torch's own)."""
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     if threads is not None:
         env["OMP_NUM_THREADS"] = threads
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "out"), "w+") as out:
-        command, start = [sys.executable, *map(str, command)], time.perf_counter()
+        command, start = [*map(str, command)], time.perf_counter()
         process = subprocess.Popen(
             command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT
         )
@@ -171,9 +214,11 @@ def run(*command, threads="1"):
     if process.returncode:
         sys.exit(f"{command} failed:\n{text}")
     speeds = re.findall(r"([\d,.]+) steps/s", text)
+    reached = re.search(r"reached at step (\d+)", text)
     speed = float(speeds[-1].replace(",", "")) if speeds else None
     megabytes = usage.ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
-    return Result(speed, megabytes, seconds, (usage.ru_utime + usage.ru_stime) / seconds)
+    busy = (usage.ru_utime + usage.ru_stime) / seconds
+    return Result(speed, megabytes, seconds, busy, int(reached[1]) if reached else None)
 
 
 def spread(values, form=",.0f"):
@@ -184,40 +229,118 @@ def spread(values, form=",.0f"):
 def compare(names, runs):
     """Print a row for each workload and mode: medians, in brackets the lowest and the highest."""
     print(
-        "| | ppo.py, steps/s | SB3, steps/s | ratio "
-        "| bound, steps/s | share | MB, ppo.py | MB, SB3 |"
+        "| | ppo.py, steps/s | with --compile | SB3, steps/s | ratio | with --compile "
+        "| bound, steps/s | share | MB, ppo.py | with --compile | MB, SB3 |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     medians = {}
     for name in names:
         workload, results = WORKLOADS[name], collections.defaultdict(list)
         spec = json.dumps(dataclasses.asdict(workload))
         for seed in range(1, runs + 1):
-            commands = {"SB3": ("-c", STABLE_BASELINES3, spec, seed)}
+            commands = {"SB3": sb3(workload, seed)}
             for mode in workload.modes:
-                commands["ppo.py", mode] = (PPO, *workload.flags(mode), "--seed", seed)
-                commands["bound", mode] = ("-c", RANDOM_ACTIONS, spec, mode)
+                commands["ppo.py", mode] = ours(workload, mode, seed)
+                commands["compiled", mode] = ours(workload, mode, seed, "--compile")
+                commands["bound", mode] = (sys.executable, "-c", RANDOM_ACTIONS, spec, mode)
             for program in list(commands)[:: 1 if seed % 2 else -1]:  # who goes first changes
                 results[program].append(run(*commands[program], threads=workload.threads))
         for mode in workload.modes:
-            ours, theirs, bound = results["ppo.py", mode], results["SB3"], results["bound", mode]
-            shares = [a.speed / b.speed for a, b in zip(ours, bound, strict=True)]
-            medians[name, mode] = statistics.median(x.speed for x in ours)
+            eager, compiled = results["ppo.py", mode], results["compiled", mode]
+            theirs, bound = results["SB3"], results["bound", mode]
+            shares = [a.speed / b.speed for a, b in zip(eager, bound, strict=True)]
+            medians[name, mode] = statistics.median(x.speed for x in eager)
+            programs = eager, compiled, theirs
             cells = [
                 f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}",
-                spread([x.speed for x in ours]),
-                spread([x.speed for x in theirs]),
-                spread([a.speed / b.speed for a, b in zip(ours, theirs, strict=True)], ",.2f"),
+                *[spread([x.speed for x in program]) for program in programs],
+                *[spread(ratios(program, theirs), ",.2f") for program in (eager, compiled)],
                 f"{statistics.median(x.speed for x in bound):,.0f}",
                 f"{statistics.median(shares):.0%}",
-                f"{statistics.median(x.megabytes for x in ours):,.0f}",
-                f"{statistics.median(x.megabytes for x in theirs):,.0f}",
+                *[
+                    f"{statistics.median(x.megabytes for x in program):,.0f}"
+                    for program in programs
+                ],
             ]
             cells[0] += ", its own vector version" if mode == NATIVE else ""
             print(f"| {' | '.join(cells)} |", flush=True)
     few, many = ("cartpole-4", SYNC), ("cartpole-256", NATIVE)
     if few in medians and many in medians:
         print(f"\nsteps/s of 256 environments over those of 4: {medians[many] / medians[few]:.1f}")
+
+
+def ratios(results, others):
+    """Of the speeds of runs that took turns."""
+    return [a.speed / b.speed for a, b in zip(results, others, strict=True)]
+
+
+def peers_of(folder):
+    """The command of every peer that is installed, before workload and seed, by its name."""
+    found = {"SB3": (sys.executable, PEERS / "with_sb3.py", "stable_baselines3")}
+    for name, packages in PACKAGES.items():
+        environment = Path(folder or "folder", name)
+        python = environment / "bin" / "python"
+        if not python.exists():
+            make = f"python -m venv {environment} && {environment}/bin/pip install {packages}"
+            print(f"{name} is left out; with --peers {environment.parent}, {make}")
+            continue
+        program = (PEERS / "with_sb3.py", "sbx") if name == "sbx" else (PEERS / f"with_{name}.py",)
+        found[name] = (python.absolute(), *program)
+    return found
+
+
+def results_of_peers(workload, runs, peers):
+    """Results of ppo.py, without and with --compile, and of the peers, run in turn."""
+    results = {name: [] for name in ("ppo.py", "--compile", *peers)}
+    spec = json.dumps(dataclasses.asdict(workload))
+    for seed in range(1, runs + 1):
+        commands = {
+            "ppo.py": ours(workload, SYNC, seed),
+            "--compile": ours(workload, SYNC, seed, "--compile"),
+        }
+        for name, command in peers.items():
+            if workload.env_id in RUNS_WHAT[name]:
+                commands[name] = (*command, spec, seed)
+        for name in list(commands)[:: 1 if seed % 2 else -1]:
+            results[name].append(run(*commands[name], threads=workload.threads))
+    return results
+
+
+def compare_peers(names, runs, folder):
+    """Print steps/s of ppo.py and its peers, and their ratio to SB3's."""
+    peers = peers_of(folder)
+    columns = ["", "ppo.py", "ppo.py --compile", *peers]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name in names:
+        workload = WITH_PEERS[name]
+        results = results_of_peers(workload, runs, peers)
+        cells = [workload.title]
+        for other in results.values():
+            if other:
+                times = statistics.median(ratios(other, results["SB3"]))
+                cells.append(f"{spread([x.speed for x in other])}; {times:.2f}")
+            else:
+                cells.append("")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def until(names, runs, folder):
+    """Print the seconds, from the command to its end, until a return is reached."""
+    peers = {x: command for x, command in peers_of(folder).items() if x not in ("rejax", "rltools")}
+    columns = ["", "ppo.py", "ppo.py --compile", *peers]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name in names:
+        workload = UNTIL[name]
+        cells = [f"{workload.title}, until {workload.target:,}"]
+        for results in results_of_peers(workload, runs, peers).values():
+            reached = [x for x in results if x.reached is not None]
+            cell = f"{spread([x.seconds for x in reached])} s" if reached else ""
+            if reached:
+                cell += f", {statistics.median(x.reached for x in reached):,.0f} steps"
+            if len(reached) < len(results):
+                cell += f" ({len(results) - len(reached)} of {len(results)} did not reach it)"
+            cells.append(cell)
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def compare_versions(names, runs, other):
@@ -227,8 +350,8 @@ def compare_versions(names, runs, other):
         workload, speeds = WORKLOADS[name], {PPO: [], other: []}
         for seed in range(1, runs + 1):
             for program in list(speeds)[:: 1 if seed % 2 else -1]:  # who goes first changes
-                flags = workload.flags(workload.modes[0])
-                result = run(program, *flags, "--seed", seed, threads=workload.threads)
+                flags = [*workload.flags(workload.modes[0]), "--seed", seed]
+                result = run(sys.executable, program, *flags, threads=workload.threads)
                 speeds[program].append(result.speed)
         ratios = [a / b for a, b in zip(speeds[PPO], speeds[other], strict=True)]
         cells = [name, spread(speeds[PPO]), spread(speeds[other]), spread(ratios, ",.2f")]
@@ -241,19 +364,18 @@ def start_up(runs):
         dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1),
         collections.defaultdict(list),
     )
-    spec = json.dumps(dataclasses.asdict(one))
     for seed in range(runs + 1):
-        seconds["ppo.py"].append(run(PPO, *one.flags(SYNC)).seconds)
-        seconds["imports"].append(run("-c", BARE_IMPORTS).seconds)
-        seconds["SB3"].append(run("-c", STABLE_BASELINES3, spec, seed).seconds)
-    warm = {
-        name: x[1:] for name, x in seconds.items()
-    }  # the first may have read the files from the disk
-    ratios = [a / b for a, b in zip(warm["ppo.py"], warm["imports"], strict=True)]
-    ours, imports, theirs = (spread(warm[name], ".2f") for name in ("ppo.py", "imports", "SB3"))
-    print(f"\na run of one iteration, from the command to its exit: {ours} s")
-    print(f"importing torch, gymnasium and tensorboard alone: {imports} s")
-    print(f"ratio: {spread(ratios, '.2f')}; SB3's run of one iteration: {theirs} s")
+        seconds["ppo.py"].append(run(*ours(one, SYNC, seed)).seconds)
+        seconds["imports"].append(run(sys.executable, "-c", BARE_IMPORTS).seconds)
+        seconds["SB3"].append(run(*sb3(one, seed)).seconds)
+    # The first may have read the files from the disk.
+    warm = {name: x[1:] for name, x in seconds.items()}
+    more = [a - b for a, b in zip(warm["ppo.py"], warm["imports"], strict=True)]
+    print(
+        f"\na run of one iteration, from the command to its exit: {spread(warm['ppo.py'], '.2f')} s"
+    )
+    print(f"importing torch, gymnasium and tensorboard alone: {spread(warm['imports'], '.2f')} s")
+    print(f"difference: {spread(more, '.2f')} s; SB3's run: {spread(warm['SB3'], '.2f')} s")
 
 
 class Clock:
@@ -368,7 +490,7 @@ def modes(runs):
         for _ in range(runs):
             for mode in names:
                 results[mode].append(
-                    run(PPO, *workload.flags(mode), "--env-kwargs", json.dumps(kwargs))
+                    run(*ours(workload, mode, 1, "--env-kwargs", json.dumps(kwargs)))
                 )
         cells = []
         for mode in (SYNC, "async", NATIVE):
@@ -385,51 +507,73 @@ def installed(package):
         return f"no {package}"
 
 
-def main():
+def parse():
+    """The options, with `names`, the rows that are asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5, help="of each program")
     parser.add_argument("--native", action="store_true", help=f"profile with {NATIVE}")
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="rows of the table")
+    parser.add_argument("--only", nargs="+", help="rows of the table")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--against", type=Path, help="compare with this other ppo.py, not with SB3")
     what.add_argument(
         "--profile", choices=WORKLOADS, help="print where the time of this workload goes"
     )
     what.add_argument("--modes", action="store_true", help="compare the vectorization modes")
+    what.add_argument("--until", action="store_true", help="seconds until a return is reached")
     options = parser.parse_args()
+    table = WORKLOADS
+    if options.until:
+        table = UNTIL
+    elif options.peers:
+        table = WITH_PEERS
+    options.names = options.only or list(table)
+    if not set(options.names) <= set(table):
+        parser.error(f"--only takes some of {', '.join(table)}")
     if options.runs < 1:
         parser.error("--runs must be at least 1")
     if options.native and NATIVE not in WORKLOADS[options.profile or "cartpole-4"].modes:
         parser.error(
             "--native is for the profile of a workload that has a vector version of its own"
         )
+    return options
+
+
+def show_machine():
     packages = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "stable-baselines3")
     print(f"Python {platform.python_version()}, {', '.join(map(installed, packages))}")
-    model = (
-        re.search("model name\t: (.*)", Path("/proc/cpuinfo").read_text())
-        if sys.platform == "linux"
-        else None
-    )
+    info = Path("/proc/cpuinfo")
+    model = re.search("model name\t: (.*)", info.read_text()) if info.exists() else None
     processor = model[1] if model else platform.processor()
     load = f"load {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
     print(f"{processor}, {os.cpu_count()} cores, {load}")
-    if not options.profile:
-        print(f"median (lowest to highest) of {options.runs} runs\n")
+
+
+def main():
+    options = parse()
+    names, runs = options.names, options.runs
+    show_machine()
     if options.profile:
         workload = WORKLOADS[options.profile]
         if workload.threads is not None:
             os.environ["OMP_NUM_THREADS"] = workload.threads
         profile(options.profile, NATIVE if options.native else workload.modes[0])
-    elif options.against:
-        compare_versions(options.only or WORKLOADS, options.runs, options.against.resolve())
+        return
+    print(f"median (lowest to highest) of {runs} runs\n")
+    if options.against:
+        compare_versions(names, runs, options.against.resolve())
     elif options.modes:
-        modes(options.runs)
+        modes(runs)
+    elif options.until:
+        until(names, runs, options.peers)
+    elif options.peers:
+        compare_peers(names, runs, options.peers)
     else:
-        compare(options.only or WORKLOADS, options.runs)
+        compare(names, runs)
         if not options.only:
-            start_up(options.runs)
+            start_up(runs)
 
 
 if __name__ == "__main__":
