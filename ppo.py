@@ -1250,9 +1250,10 @@ def check_compiler(device: torch.device) -> None:
 def compiled(function: Callable) -> Callable:
     """The function, compiled when it is called first, for tensors of any size.
 
-    Its arguments that are floats become tensors: a float would be compiled in, changes unseen.
+    Floats among its arguments become tensors, as for each value of a float it is compiled anew.
     """
     torch._dynamo.config.trace_autograd_ops = True  # else backward() could not be compiled
+    torch._dynamo.config.specialize_float = True  # else changes of a float could go unseen
     compiled_function = torch.compile(function, dynamic=True)
 
     def call(*arguments: object) -> object:

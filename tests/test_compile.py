@@ -1,6 +1,7 @@
 """--compile: the same algorithm up to rounding, compiled once, and what the clock says of it."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,6 +82,30 @@ def test_a_compiled_loss_sees_another_epsilon():
         shares.append(info["clipfrac"].item())
     assert shares == sorted(shares)
     assert len(set(shares)) == 4
+
+
+def test_a_compiled_loss_of_a_fork_sees_other_arguments(monkeypatch):
+    """Torch 2.13 would keep the first bounds of a clamp and change what it multiplies with."""
+    args = ppo.Args(num_steps=32)
+    with pieces.learner(args) as learner:
+        batch = learner.estimate(learner.collect())
+    spread = batch.logprob + torch.linspace(-0.5, 0.5, len(batch.logprob))
+    batch = batch._replace(logprob=spread)
+    ppo_loss = ppo.ppo_loss
+
+    def loss_of_a_fork(agent, minibatch, args, epsilon):
+        loss, info = ppo_loss(agent, minibatch, args, epsilon)
+        dist, _ = agent(minibatch.obs)
+        ratio = (dist.log_prob(minibatch.action) - minibatch.logprob).exp()
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        return loss, {**info, "clipped": (args.ent_coef * clipped).mean().detach()}
+
+    monkeypatch.setattr(ppo, "ppo_loss", loss_of_a_fork)
+    for number in (0.2, 0.1, 0.3, 0.05, 0.4):
+        changed = replace(args, clip_coef=number, ent_coef=number / 3)
+        compiled = ppo.compiled(ppo.backward)(learner.agent, batch, changed, 0.2)
+        expected = ppo.backward(learner.agent, batch, changed, 0.2)
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_compiles_once():
