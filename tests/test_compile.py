@@ -97,8 +97,9 @@ def test_a_compiled_loss_of_a_fork_sees_other_arguments(monkeypatch):
         loss, info = ppo_loss(agent, minibatch, args, epsilon)
         dist, _ = agent(minibatch.obs)
         ratio = (dist.log_prob(minibatch.action) - minibatch.logprob).exp()
-        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        return loss, {**info, "clipped": (args.ent_coef * clipped).mean().detach()}
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * args.ent_coef
+        share = ((ratio - 1).abs() > args.clip_coef).float()
+        return loss, {**info, "clipped": clipped.mean().detach(), "share": share.mean()}
 
     monkeypatch.setattr(ppo, "ppo_loss", loss_of_a_fork)
     for number in (0.2, 0.1, 0.3, 0.05, 0.4):
