@@ -748,10 +748,8 @@ def collect(
     return rollout, next_state
 
 
-def backward(
-    agent: Agent, minibatch: Minibatch, args: Args, epsilon: float | Tensor
-) -> dict[str, Tensor]:
-    """Give the parameters the gradient of the loss, and return its scalars."""
+def backward(agent: Agent, minibatch: Minibatch, args: Args, epsilon: float) -> dict[str, Tensor]:
+    """Give the parameters the gradient of the loss, and return its scalars; see `compiled`."""
     loss, info = ppo_loss(agent, minibatch, args, epsilon)
     loss.backward()
     return info
@@ -1081,6 +1079,8 @@ def check_unchanged(args: Args, checkpoint: dict) -> None:
     given = plain(replace(args, **{mode: None}))
     saved = plain(checkpoint["args"])
     changed = [flag(x) for x in saved if x not in CHANGEABLE and given[x] != saved[x]]
+    if args.exact_resume and mode == "resume" and given["compile"] != saved["compile"]:
+        changed.append("--compile")  # it rounds otherwise
     if changed:
         path = getattr(args, mode)
         names = ", ".join(changed)
@@ -1237,20 +1237,25 @@ def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
 
 def check_compiler(device: torch.device) -> None:
     """Raise InputError if nothing can be compiled for the device."""
-    torch._dynamo.reset()  # forget what earlier runs of this process have compiled
+    if RANK == 0:
+        print("trying to compile ...", flush=True)
     try:
+        torch._dynamo.reset()  # else what earlier runs compiled would count against torch's limit
         torch.compile(torch.square)(torch.zeros(1, device=device))
-    except RuntimeError as error:
-        needed = "a C++ compiler" if device.type == "cpu" else "what torch.compile needs"
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--compile needs {needed}; torch says: {reason}") from error
+    except (RuntimeError, OSError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        causes = [line.strip() for line in lines if "error:" in line]  # in a compiler's output
+        reason = (causes or lines)[0]
+        raise InputError(
+            f"--compile: nothing can be compiled here; torch says: {reason}"
+        ) from error
 
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
     """The function, compiled when it is called first, for tensors of any size.
 
-    Floats among its arguments become tensors, as for each value of a float it is compiled anew.
+    Floats among its arguments become tensors, as it is compiled anew for each value of a float.
     """
     torch._dynamo.config.trace_autograd_ops = True  # else backward() could not be compiled
     torch._dynamo.config.specialize_float = True  # else changes of a float could go unseen
@@ -1472,7 +1477,7 @@ class Run:
         for tag, value in scalars.items():
             if math.isfinite(value):  # explained variance is not if all targets are equal
                 self.writer.add_scalar(tag, value, step)
-        if self.args.compile and self.speed_step == self.first_step:
+        if self.args.compile and step == self.first_step + self.args.batch_size:
             print(f"compiled: the first update took {self.seconds['update']:.1f} s", flush=True)
             self.speed_step = step
             self.speed_time = now

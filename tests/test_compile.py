@@ -164,17 +164,50 @@ def test_compiled_runs_are_deterministic_and_resumed_exactly(env_id, tmp_path):
     assert not differing(results["whole"], results["killed"])
 
 
-@pytest.mark.parametrize("program", ["/no/such/compiler", "/bin/false"])
-def test_a_missing_compiler_is_one_sentence_and_exit_code_2(program, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", program)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+# A compiler that is there, but not all that it needs.
+WITHOUT_HEADERS = """#!/bin/sh
+case "$1" in --version) echo "g++ 12"; exit 0;; esac
+echo "In file included from x.cpp:1:" >&2
+echo "x.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "cache", "part"),
+    [
+        ("/no/such/compiler", "cache", "/no/such/compiler"),
+        ("/bin/false", "cache", "/bin/false"),
+        ("without_headers", "cache", "fatal error: Python.h: No such file"),
+        ("g++", "taken", "File exists"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_sentence_and_exit_code_2(
+    compiler, cache, part, tmp_path, monkeypatch
+):
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    script = tmp_path / "without_headers"
+    script.write_text(WITHOUT_HEADERS)
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script) if compiler == script.name else compiler)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / cache))
     result = in_a_process(tmp_path, "--compile")
-    assert result.returncode == 2
-    assert result.stdout == ""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == "trying to compile ...\n"
     (line,) = result.stderr.splitlines()
-    assert line.startswith("ppo.py: --compile needs a C++ compiler; torch says: ")
-    assert program in line
+    assert line.startswith("ppo.py: --compile: nothing can be compiled here; torch says: ")
+    assert part in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_exact_run_stays_compiled(command):
+    """Or not compiled: its bytes are promised, and rounding is another."""
+    ppo.train(ppo.Args(**SMALL, total_timesteps=32, compile=True, exact_resume=True))
+    result = command("--resume=runs/a", "--total-timesteps=64", "--no-compile")
+    assert result.returncode == 2
+    assert "--compile cannot be given with --resume runs/a: it keeps its own." in result.stderr
+    assert command("--evaluate=runs/a", "--no-compile", "--eval-episodes=1").returncode == 0
+    assert command("--resume=runs/a", "--total-timesteps=64").returncode == 0
 
 
 def test_what_was_compiled_is_evaluated_without_a_compiler(command, monkeypatch):

@@ -20,8 +20,8 @@ MAX_COMPLEXITY = 10
 
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
-MAX_LINES_OF_PPO = 868
-MAX_LINES = 1738
+MAX_LINES_OF_PPO = 866
+MAX_LINES = 1743
 
 
 def test_licence():
