@@ -1714,10 +1714,14 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
 
 
 # --- 11. Main -------------------------------------------------------------------------------------
+def ignore(_signum: int, _frame: object) -> None:
+    """Do nothing. (With SIG_IGN Python would complain of a second signal that has come already.)"""
+
+
 def leave(signum: int, _frame: object) -> None:
     """End the process by raising SystemExit, so that context managers clean up, undisturbed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, ignore)
+    signal.signal(signal.SIGTERM, ignore)
     sys.exit(128 + signum)
 
 

@@ -974,6 +974,22 @@ def test_signals(mode, number, code, target, tmp_path):
     assert step <= last <= step + 512, "at most the iteration under way is lost"
 
 
+def test_two_signals_at_once_are_one(monkeypatch):
+    """As for a worker that a terminal interrupts, and its parent terminates."""
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    both = {signal.SIGINT, signal.SIGTERM}
+    for number in both:
+        signal.signal(number, ppo.leave)
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    for number in both:
+        signal.raise_signal(number)
+    with pytest.raises(SystemExit, match="130"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    signal.raise_signal(signal.SIGTERM)
+    assert complaints == []
+
+
 def wait_for_the_end_of(process):
     """Of all in its group, too: nothing may outlive the run."""
     deadline = time.monotonic() + 20  # for the system to bury them

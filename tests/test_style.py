@@ -21,7 +21,7 @@ MAX_COMPLEXITY = 10
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
 MAX_LINES_OF_PPO = 866
-MAX_LINES = 1743
+MAX_LINES = 1747
 
 
 def test_licence():
