@@ -19,6 +19,9 @@ and random generators, 9 the folder of a run, 10 loading and evaluation, 11 main
     check_spaces      refuses environments that cannot be trained on
     is_atari, Atari   whether it is a game of ale-py; their vector environment
     is_image          whether observations are images
+    drop_infos        keeps infos of environments from being collected
+    undisturbed       undoes what environments do to the process
+    close             closes environments, and warns if they cannot be
     check             refuses arguments out of range, or that differ from a resumed run's
     connect           connects the processes that torchrun has started, RANK of WORLD_SIZE each
     broadcast         gives the state of the first process's agent to all
@@ -27,6 +30,7 @@ and random generators, 9 the folder of a run, 10 loading and evaluation, 11 main
     set_up, reseed    find the device and set torch's threads; seed the process's generators
     closing_envs      closes the environments at the end, even after an error
     load, restore     read a checkpoint; give agent and optimizers what it holds
+    merged            adds to what is given in Python what a resumed run was started with
     restart           resets environments and generators
     check_finite      raises if there is a nan or an infinity
     check_optimizers  raises if a parameter of the agent is in no optimizer
@@ -65,17 +69,21 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import chdir, closing, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from importlib import import_module
+from types import UnionType
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
@@ -88,6 +96,7 @@ from gymnasium.wrappers.vector import FlattenObservation, RecordVideo
 from torch import Generator, Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 # --- 1. Arguments ---------------------------------------------------------------------------------
 JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
@@ -171,7 +180,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
     norm_obs: bool = True  # scale vectors by running mean and deviation, clip at 10 (off: raw)
-    norm_reward: bool = True  # divide rewards by the return's deviation, clip at 10 (off: raw)
+    norm_reward: bool = True  # divide rewards by the deviation of returns, clip at 10 (off: raw)
     clip_reward: bool = False  # learn from the sign of rewards alone, before they are divided
 
     @property
@@ -224,12 +233,13 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
     if is_atari(args.env_id):
         envs = Atari(args, kwargs)
     else:
-        with explained(args.env_id, kwargs):
+        with undisturbed(), explained(args.env_id, kwargs):
             envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **kwargs)
+    drop_infos(envs)
     try:
         check_spaces(args.env_id, envs)
     except InputError:
-        envs.close()
+        close(envs)
         raise
     space = envs.single_observation_space
     is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
@@ -363,6 +373,9 @@ class Gaussian(NamedTuple):
         return entropy.expand(len(self.mean))
 
 
+LOG_STD_RANGE = (-20, 2)
+
+
 class Agent(nn.Module):
     """Policy pi(a|s) and value function V(s), with the scaling of observations and rewards.
 
@@ -412,12 +425,14 @@ class Agent(nn.Module):
             self.action_shape = (num_outputs,)
             self.action_dtype = np.float32
             self.log_std = nn.Parameter(torch.full((num_outputs,), float(log_std_init)))
-            # Dimensions with two real bounds are mapped from [-1, 1], others left as they are.
+            # Dimensions with two real bounds are mapped from [-1, 1]. Others are only moved, from 0
+            # to the nearest bound if 0 is out of bounds: there nothing could be learnt.
             low = space.low.astype(np.float64)
             high = space.high.astype(np.float64)
             bounded = (low >= -1e6) & (high <= 1e6)
-            low = np.where(bounded, low, -1)
-            high = np.where(bounded, high, 1)
+            nearest = np.clip(0, low, high)
+            low = np.where(bounded, low, nearest - 1)
+            high = np.where(bounded, high, nearest + 1)
             self.scale = (high - low) / 2  # (*space.shape)
             self.shift = (high + low) / 2  # (*space.shape)
         else:
@@ -433,16 +448,29 @@ class Agent(nn.Module):
         """
         if self.cnn is not None:
             return self.cnn(obs)
+        obs = obs.float()  # those of some environments are float64
         stats = self.obs_stats
         if stats is None:
             return obs
         return ((obs - stats.mean) / stats.std).clamp(-10, 10)
 
+    @property
+    def reward_scale(self) -> Tensor | float:
+        """What rewards are divided by: the deviation of the discounted return [Details] #30.
+
+        Or a fifth of its root mean square, if that is more: else rewards with a large offset would
+        all be clipped to the same number where returns hardly differ, as those of single steps.
+        """
+        stats = self.return_stats
+        if stats is None:
+            return 1.0
+        return torch.maximum(stats.std, torch.hypot(stats.std, stats.mean) / 5)
+
     def scale_reward(self, reward: Tensor) -> Tensor:
-        """Rewards of any shape, divided by the return's deviation, clipped [Details] #30-31."""
+        """Rewards of any shape, divided by their scale and clipped [Details] #31."""
         if self.return_stats is None:
             return reward
-        return (reward / self.return_stats.std).clamp(-10, 10)
+        return (reward / self.reward_scale).clamp(-10, 10)
 
     def policy(self, features: Tensor) -> Categorical | Gaussian:
         """The distribution pi(.|s), for both acting and learning."""
@@ -472,6 +500,12 @@ class Agent(nn.Module):
             mapped = action * self.scale + self.shift
             return mapped.astype(space.dtype).clip(space.low, space.high)  # [Details] #27
         return (action + getattr(space, "start", 0)).astype(space.dtype, copy=False)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Keep log sigma where numbers mean something, after a step of the optimizer."""
+        if self.log_std is not None:
+            self.log_std.clamp_(*LOG_STD_RANGE)
 
     def scalars(self) -> dict[str, float]:
         """Scalars of the agent itself to log."""
@@ -702,14 +736,15 @@ def collect(
     truncated = np.empty((T, N), bool)
     life_lost = np.zeros((T, N), bool)
     obs[0] = state.obs
-    for t in range(T):
-        with torch.inference_mode():  # as no_grad, but faster
-            obs_tensor = torch.from_numpy(obs[t]).to(device)
-            action[t] = agent.act(obs_tensor, generator=generator).cpu().numpy()
-        env_action = agent.to_env(action[t])
-        obs[t + 1], reward[t], terminated[t], truncated[t], info = envs.step(env_action)
-        if "life_lost" in info:
-            life_lost[t] = info["life_lost"]
+    with undisturbed():  # by environments
+        for t in range(T):
+            with torch.inference_mode():  # as no_grad, but faster
+                obs_tensor = torch.from_numpy(obs[t]).to(device)
+                action[t] = agent.act(obs_tensor, generator=generator).cpu().numpy()
+            env_action = agent.to_env(action[t])
+            obs[t + 1], reward[t], terminated[t], truncated[t], info = envs.step(env_action)
+            if "life_lost" in info:
+                life_lost[t] = info["life_lost"]
     check_finite(obs=obs, action=action, reward=reward)
 
     # Episodes to learn from, of which a lost life is the end, too.
@@ -792,6 +827,7 @@ def update(
             info["grad_norm"] = clip_gradients(parameters, max_norm)
             for optimizer in optimizers:
                 optimizer.step()
+            agent.constrain()
             infos.append(info)
     return infos
 
@@ -813,7 +849,9 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
     """
     if args.resume is not None and checkpoint is None:
         checkpoint = load(args.resume)
+        args = merged(args, checkpoint["args"])
     check(args, checkpoint)
+    home = os.getcwd()  # environments may go elsewhere
     reseed(args)  # constructors of environments may draw from the process's generators
     own_args = replace(args, num_envs=args.num_envs // WORLD_SIZE)  # of this process
     connect(args)
@@ -833,7 +871,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
             print(f"{args.resume} is complete. A larger --total-timesteps trains it further.")
             return agent
         state = restart(envs, args, first_iteration, generator)
-        with Run(args, envs, agent, optimizers, checkpoint) as run:
+        with Run(args, home, envs, agent, optimizers, checkpoint) as run:
             for iteration in range(first_iteration, args.num_iterations):
                 remaining = 1 - iteration / args.num_iterations  # from 1 towards 0
                 epsilon = args.clip_coef * (remaining if args.anneal_clip else 1)
@@ -853,13 +891,14 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
                 if agent.obs_stats is not None:  # only now, as this changes the policy
                     agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
-                run.log(iteration + 1, rollout, batch, infos)
+                run.log(iteration + 1, rollout, state, batch, infos)
                 run.save(iteration + 1)
                 if args.exact_resume and run.checkpoint_is_due(iteration + 1):
                     # A resumed run starts from reset environments, so this one does so too.
                     state = restart(envs, args, iteration + 1, generator)
     if args.eval_episodes > 0:
-        play(agent, args, run.path, run.saved_step)
+        agent.eval_returns = play(agent, args, run.folder, run.saved_step)
+        run.log_evaluation(agent.eval_returns)
     return agent
 
 
@@ -980,7 +1019,7 @@ def preset(
         mode = atari.get("vectorization_mode", mode)
         args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
         check(replace(args, num_envs=WORLD_SIZE))
-        with closing_envs(make_envs(args)) as envs:
+        with chdir("."), closing_envs(make_envs(args)) as envs:  # it may go elsewhere
             continuous = isinstance(envs.single_action_space, spaces.Box)
             image = is_image(envs.single_observation_space)
         name = "continuous" if continuous else "none"
@@ -1001,6 +1040,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     Two passes: the first finds the environment or the checkpoint, which decides on the defaults.
     The second parses with these defaults, so that --help shows them.
     """
+    argv = translated(sys.argv[1:] if argv is None else argv)
     auto = Args(preset="auto")
     first, unknown = tyro.cli(
         Args, args=argv, default=auto, return_unknown_args=True, add_help=False
@@ -1025,9 +1065,62 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     return args, checkpoint
 
 
+ELSEWHERE = {  # flags of CleanRL that are not here, and what does it
+    "--gym-id": "it is --env-id here",
+    "--cuda": "it is --device cpu, cuda or auto here",
+    "--track": "TensorBoard logs every run; for Weights & Biases see the README",
+    "--wandb-project-name": "for Weights & Biases see the README",
+    "--wandb-entity": "for Weights & Biases see the README",
+    "--save-model": "every run is saved, in its folder in runs/",
+    "--upload-model": "every run is saved, in its folder in runs/",
+    "--hf-entity": "every run is saved, in its folder in runs/",
+}
+
+
+def translated(argv: list[str]) -> list[str]:
+    """A command line with --no-flag for "--flag False", --flag for "--flag True", 1000 for 1e3.
+
+    Raises InputError for a flag of CleanRL that something else does here.
+    """
+    kinds = {flag(x.name): x.type for x in fields(Args)}
+    result = []
+    for word in argv:
+        name, _, _ = word.replace("_", "-").partition("=")
+        if name in ELSEWHERE and name not in kinds:
+            raise InputError(f"There is no {name}: {ELSEWHERE[name]}.")
+        before = result[-1].replace("_", "-") if result else ""
+        kind = kinds.get(before)
+        if kind is bool and word in ("True", "true"):
+            continue
+        if kind is bool and word in ("False", "false"):
+            result[-1] = before.replace("--", "--no-", 1)
+        elif kind in (int, int | None) and re.fullmatch(r"[\d.]+e\d+", word):
+            result.append(f"{float(word):.0f}")
+        else:
+            result.append(word)
+    return result
+
+
+def merged(args: Args, saved: Args) -> Args:
+    """What a Python program asks for: the saved arguments, and those that are not the defaults."""
+    defaults = vars(Args())
+    given = {name: x for name, x in vars(args).items() if x != defaults[name]}
+    return replace(saved, **given)
+
+
 def flag(name: str) -> str:
     """An argument as it is written on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def check_types(args: Args) -> None:
+    """Raise InputError for an argument of a wrong type, which only Python can give."""
+    for x in fields(Args):
+        value = getattr(args, x.name)
+        kind = x.type | int if x.type in (float, float | None) else x.type
+        if isinstance(kind, type | UnionType) and not isinstance(value, kind):
+            name = kind.__name__ if isinstance(kind, type) else kind
+            raise InputError(f"{flag(x.name)} must be of type {name}, not {value!r}.")
 
 
 def check(args: Args, checkpoint: dict | None = None) -> None:
@@ -1037,6 +1130,7 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
         if not holds:
             raise InputError(f"{flag(name)} must be {requirement}, not {getattr(args, name)!r}.")
 
+    check_types(args)
     for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps"):
         require(name, getattr(args, name) >= 1, "at least 1")
     for name in ("seed", "eval_episodes"):
@@ -1052,11 +1146,14 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
     require("dual_clip", c is None or 1 < c < math.inf, "finite and above 1")
     interval = args.checkpoint_interval
     require("checkpoint_interval", interval is None or interval >= 1, "at least 1")
-    require("log_std_init", -20 <= args.log_std_init <= 2, "from -20 to 2")
+    low, high = LOG_STD_RANGE
+    require("log_std_init", low <= args.log_std_init <= high, f"from {low} to {high}")
     require("hidden_sizes", min(args.hidden_sizes, default=1) >= 1, "at least 1 each")
     require("activation", args.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
     require("preset", args.preset in PRESETS, " or ".join(PRESETS))
     require("env_kwargs", isinstance(args.env_kwargs, dict), "a JSON object: '{\"size\": 5}'")
+    is_old = "NoFrameskip" in args.env_id
+    require("env_id", not is_old, "ALE/Breakout-v5, or another name of that kind, for a game")
     native = args.vectorization_mode == "vector_entry_point" or not is_atari(args.env_id)
     require("vectorization_mode", native, "vector_entry_point for ALE/ games")
     require("resume", args.resume is None or os.path.isdir(args.resume), "the folder of a run")
@@ -1087,7 +1184,7 @@ def check_unchanged(args: Args, checkpoint: dict) -> None:
         raise InputError(f"{names} cannot be given with --{mode} {path}: it keeps its own.")
     processes = checkpoint.get("world_size", 1)
     if mode == "resume" and processes != WORLD_SIZE:
-        way = f"torchrun --nproc-per-node {processes} ppo.py --resume {args.resume}"
+        way = command("resume", args.resume, processes)
         raise InputError(f"{args.resume} needs as many processes as it had, {processes}: {way}")
 
 
@@ -1097,18 +1194,71 @@ def plain(args: Args) -> dict:
 
 
 # --- 8. Environments and random generators --------------------------------------------------------
+UNSUPPORTED = "are not supported, or a part of them is not; README says how to wrap an environment"
+
+
 @contextmanager
 def explained(env_id: str, kwargs: dict) -> Iterator[None]:
     """Turn what Gymnasium or the constructor of an environment refuses into an InputError."""
     try:
         yield
+    except (NotImplementedError, gym.error.CustomSpaceError) as error:
+        if not raised_by_gymnasium(error):
+            raise
+        raise InputError(f"Spaces of {env_id} {UNSUPPORTED}: {error}") from error
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
         if not kwargs and not isinstance(error, gym.error.Error | ImportError):
             raise  # no argument was given that could be refused, so it is a bug
-        is_absent = isinstance(error, ImportError) and "ale_py" in str(error)
-        hint = "; pip install ale-py" if is_absent else ""
         asked = f"{env_id} with {kwargs}" if kwargs else env_id
-        raise InputError(f"Cannot make {asked}: {type(error).__name__}: {error}{hint}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ImportError) and "ale_py" in str(error):
+            reason += "; pip install ale-py"
+        if not raised_by_gymnasium(error):
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            reason += f" ({line.filename}, line {line.lineno}: {line.line})"
+        raise InputError(f"Cannot make {asked}: {reason}") from error
+
+
+def raised_by_gymnasium(error: Exception) -> bool:
+    """Whether a line of Gymnasium has raised it, not one of the environment."""
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    return file.startswith(os.path.dirname(gym.__file__))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Undo what environments do to the process: to torch's modes, and to numpy's errors.
+
+    What an environment returns that Gymnasium cannot take, and that it ends the process, is said.
+    """
+    has_grad = torch.is_grad_enabled()
+    dtype = torch.get_default_dtype()
+    try:
+        with np.errstate():
+            yield
+    except SystemExit as error:
+        if error.code in (None, 0):
+            raise RuntimeError("An environment has ended the process.") from error
+        raise
+    except (TypeError, ValueError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if frame.name == "collect" or raised_by_gymnasium(error):
+            error.add_note(
+                "An environment may have returned something else than it should. A reward is one "
+                "number; if it is a vector, a wrapper has to sum it, as mo-gymnasium's "
+                "LinearReward does."
+            )
+        raise
+    finally:
+        torch.set_grad_enabled(has_grad)
+        torch.set_default_dtype(dtype)
+
+
+def warn(message: str) -> None:
+    """Say once, for all processes, what may be wrong."""
+    if RANK == 0:
+        show_line("", is_due=False)
+        print(f"ppo.py: warning: {message}", file=sys.stderr, flush=True)
 
 
 def is_atari(env_id: str) -> bool:
@@ -1156,6 +1306,20 @@ class Atari(VectorWrapper):
         return obs, reward, terminated | self.lost, truncated, info
 
 
+def drop_infos(envs: VectorEnv) -> None:
+    """Let the infos of environments fall away, as nothing here needs any.
+
+    Gymnasium's collection is slow where they are large, and fails where they are unlike each other:
+    without a call of this, a fork has them in `collect`.
+    """
+
+    def add_nothing(vector_infos: dict, _env_info: dict, _env_num: int) -> dict:
+        return vector_infos
+
+    if isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
+        envs.unwrapped._add_info = add_nothing
+
+
 def check_spaces(env_id: str, envs: VectorEnv) -> None:
     """Raise InputError for environments that cannot be trained on."""
     mode = envs.metadata.get("autoreset_mode")
@@ -1164,7 +1328,7 @@ def check_spaces(env_id: str, envs: VectorEnv) -> None:
     space = envs.single_observation_space
     numeric = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
     if not all(isinstance(leaf, numeric) for leaf in leaves(space)):
-        raise InputError(f"Observations {space} are not supported, or a part of them is not.")
+        raise InputError(f"Observations {space} {UNSUPPORTED}.")
     is_stack = isinstance(space, spaces.Box) and len(space.shape) > 3 and space.dtype == np.uint8
     if is_stack and sorted(space.shape)[-2] >= 36:
         wrappers = "GrayscaleObservation before FrameStackObservation, or ReshapeObservation"
@@ -1203,9 +1367,17 @@ def closing_envs(envs: VectorEnv) -> Iterator[VectorEnv]:
             worker.kill()
         if workers:
             envs.unwrapped.closed = True  # else Gymnasium would wait for their answers
-        envs.unwrapped.close()  # without the wrappers, of which one may be filming
+        close(envs.unwrapped)  # without the wrappers, of which one may be filming
         raise
-    envs.close()
+    close(envs)
+
+
+def close(envs: VectorEnv) -> None:
+    """Close environments; if that fails, it costs nobody the result."""
+    try:
+        envs.close()
+    except Exception as error:
+        warn(f"closing the environments failed: {type(error).__name__}: {error}")
 
 
 def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
@@ -1268,13 +1440,19 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
+@undisturbed()
 def check_film(args: Args) -> None:
     """Raise InputError if episodes of the environment cannot be filmed."""
-    with closing_envs(make_envs(replace(args, num_envs=1), "rgb_array")) as envs:
+    one = replace(args, num_envs=1)
+    with chdir("."), closing_envs(make_envs(one, "rgb_array")) as envs:
         if envs.render_mode != "rgb_array":
             raise InputError(f"{args.env_id} cannot be filmed: it has no render_mode rgb_array.")
         envs.reset(seed=0)
-        envs.render()  # what this lacks, Gymnasium says
+        frames = envs.render()  # what this lacks, Gymnasium says
+        shape = None if frames is None or frames[0] is None else np.shape(frames[0])
+        if shape is None or len(shape) != 3 or shape[2] != 3:
+            expected = "an RGB image (height, width, 3)"
+            raise InputError(f"{args.env_id} cannot be filmed: it renders {shape}, not {expected}.")
     try:
         import_module("moviepy")
     except ImportError as error:
@@ -1296,6 +1474,7 @@ def reseed(args: Args, *key: int) -> tuple[int, int]:
     return env_seed + RANK * (args.num_envs // WORLD_SIZE), run_seed + RANK
 
 
+@undisturbed()
 def restart(envs: VectorEnv, args: Args, iteration: int, generator: Generator) -> EnvState:
     """Reset environments and generators, by seeds that follow from args.seed and iteration.
 
@@ -1341,6 +1520,23 @@ def stagger(envs: VectorEnv, seed: int) -> np.ndarray:
     return elapsed > 0
 
 
+def warn_of_first(agent: nn.Module, rollout: Rollout) -> None:
+    """Warn of what will learn nothing, as far as the first iteration shows it."""
+    obs = rollout.obs
+    if obs.dtype == torch.float32:
+        rows = obs.flatten(0, 1).flatten(1).cpu().double()  # (T * N + N, dimensions)
+        mean = rows.mean(0)
+        gap = mean.abs() * 2**-23  # between two neighbours in float32
+        for index in (gap > rows.std(0) / 10).logical_and(mean.abs() > 1e6).nonzero().flatten():
+            warn(
+                f"observation {index} is about {short(mean[index])}, where float32 knows steps of "
+                f"{short(gap[index])} only: subtract an offset from it, in a wrapper."
+            )
+    unused = [name for name, x in agent.named_parameters() if x.requires_grad and x.grad is None]
+    if unused:
+        warn(f"the loss does not depend on {', '.join(unused)} of the agent, which learn nothing.")
+
+
 class NonFiniteError(FloatingPointError):
     """Nothing can be learnt from a nan or an infinity; the message says where it was."""
 
@@ -1384,6 +1580,7 @@ class Run:
     def __init__(
         self,
         args: Args,
+        home: str,
         envs: VectorEnv,
         agent: Agent,
         optimizers: list[Optimizer],
@@ -1407,13 +1604,15 @@ class Run:
         self.start_time = time.perf_counter()  # so that the start-up does not count
         self.lap_time = self.start_time
         if RANK > 0:  # the first process writes and speaks for all
+            self.folder = home
             return
         if self.path is None:
-            self.path = make_folder(args)
+            self.path = make_folder(args, home)
+        self.folder = os.path.join(home, self.path)
         purge_step = self.first_step + 1 if args.resume else None
-        self.writer = SummaryWriter(self.path, purge_step=purge_step)
-        flags = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + flags, self.first_step)
+        self.writer = SummaryWriter(self.folder, purge_step=purge_step)
+        self.spaces = [plain_space(agent.observation_space), plain_space(agent.action_space)]
+        self.log_flags()
         self.keep(start["iteration"])
         self.write()  # also of a resumed run, as its arguments may have changed
         self.show_header(envs)
@@ -1430,20 +1629,51 @@ class Run:
         parameters = list(self.agent.parameters())
         size = sum(parameter.numel() for parameter in parameters)
         print(f"run: {self.path}, from step {self.first_step:,}, preset {args.preset}")
-        print(f"environments: {args.num_envs} x {args.env_id}, {args.vectorization_mode}")
+        env_id = args.env_id
+        if ":" in env_id and isinstance(envs.spec.entry_point, str):
+            env_id += f", which is {envs.spec.entry_point}"  # of Gymnasium, if the module has none
+        print(f"environments: {args.num_envs} x {env_id}, {args.vectorization_mode}")
         print(f"spaces: {envs.single_observation_space.shape} -> {envs.single_action_space!s:.80}")
         print(f"agent: {size:,} parameters on {parameters[0].device}, processes: {WORLD_SIZE}")
+        num_inputs = math.prod(envs.single_observation_space.shape)
+        if num_inputs > 5000 and not is_image(envs.single_observation_space):
+            warn(f"the network has {num_inputs:,} inputs; README says how to wrap an environment.")
         rows = args.batch_size // args.num_minibatches
         minibatches = f"{args.num_minibatches} minibatches of {rows} rows"
-        print(f"update: {args.update_epochs} epochs of {minibatches}", flush=True)
+        print(f"update: {args.update_epochs} epochs of {minibatches}")
+        show_line(f"first rollout, of {args.batch_size:,} steps ...", is_due=True)
+
+    def log_flags(self) -> None:
+        """Write the flags, as a text and for TensorBoard's table of hyperparameters."""
+        flags = vars(self.args)
+        rows = "".join(f"|{name}|{value}|\n" for name, value in flags.items())
+        self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, self.first_step)
+        plain_flags = {
+            name: x if isinstance(x, bool | int | float | str) else str(x)
+            for name, x in flags.items()
+        }
+        metrics = {"charts/episodic_return": 0, "eval/episodic_return": 0}
+        for summary in hparams(plain_flags, metrics):
+            self.writer.file_writer.add_summary(summary)
+
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        """Log the mean return of the evaluation after a training, and close the log."""
+        if RANK == 0:
+            self.writer.add_scalar("eval/episodic_return", returns.mean(), self.saved_step)
+            self.writer.close()
 
     def lap(self, phase: str) -> None:
-        """The phase ends here, which began with the end of the one before."""
+        """The phase ends here, which began with the end of the one before.
+
+        On a GPU it may still be at work, and is waited for in the next one.
+        """
         now = time.perf_counter()
         self.seconds[phase] = now - self.lap_time
         self.lap_time = now
 
-    def log(self, iteration: int, rollout: Rollout, batch: Minibatch, infos: list[dict]) -> None:
+    def log(
+        self, iteration: int, rollout: Rollout, state: EnvState, batch: Minibatch, infos: list[dict]
+    ) -> None:
         """Log the episodes, the mean losses and other scalars of an iteration, counted from 1.
 
         Raises NonFiniteError if a loss, a gradient, a weight or a statistic is not finite.
@@ -1464,6 +1694,7 @@ class Run:
         scalars |= {f"charts/{name}": x for name, x in self.agent.scalars().items()}
         scalars |= {f"charts/seconds_{phase}": x for phase, x in self.seconds.items()}
         scalars["losses/explained_variance"] = explained
+        scalars["losses/updates"] = len(infos)
         scalars["charts/learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         scalars["charts/SPS"] = speed
         self.returns.extend(returns.tolist())
@@ -1481,23 +1712,30 @@ class Run:
             print(f"compiled: the first update took {self.seconds['update']:.1f} s", flush=True)
             self.speed_step = step
             self.speed_time = now
-        self.show(iteration, speed)
+        if step == self.first_step + self.args.batch_size:
+            warn_of_first(self.agent, rollout)
+        longest = state.episode_length.max()
+        if iteration == self.args.num_iterations // 10 and not self.returns and longest >= 1000:
+            warn("no episode has ended in a tenth of the run; README says how to wrap a TimeLimit.")
+        self.show(iteration, speed, longest)
 
-    def show(self, iteration: int, speed: float) -> None:
-        """Show the progress: on a terminal one line that updates itself, else 32 lines a run."""
+    def show(self, iteration: int, speed: float, longest: float) -> None:
+        """Show the progress: on a terminal one line that updates itself, else 32 lines a run.
+
+        `longest` are the steps so far of the longest episode under way.
+        """
         total = self.args.num_iterations
         step = iteration * self.args.batch_size
-        self.progress = f"{step:,} steps ({iteration / total:.0%}), {speed:,.0f} steps/s"
         if self.returns:
-            means = f"return {np.mean(self.returns):.1f}, length {np.mean(self.lengths):.1f}"
-            self.progress += f", {means}"
+            means = f"return {short(np.mean(self.returns))}, length {short(np.mean(self.lengths))}"
+        else:
+            means = f"no return yet, an episode is at {longest:,.0f} steps"
+        done = f"{step:,} steps ({iteration / total:.0%})"
+        news = f"{speed:,.0f} steps/s, {means}"
         seconds_left = round((total - iteration) * self.args.batch_size / speed)
-        line = f"{self.progress}, {timedelta(seconds=seconds_left)} left"
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
-            print("\r\x1b[K" + line[:width], end="", flush=True)
-        elif iteration * 32 // total > (iteration - 1) * 32 // total:
-            print(line, flush=True)
+        self.progress = f"{done}, {news}"
+        is_due = iteration * 32 // total > (iteration - 1) * 32 // total
+        show_line(f"{done}, {timedelta(seconds=seconds_left)} left, {news}", is_due)
 
     def checkpoint_is_due(self, iteration: int) -> bool:
         """Whether this is a regular moment to write a checkpoint, and to choose the best one."""
@@ -1521,6 +1759,7 @@ class Run:
             "lengths": list(self.lengths),
             "best": self.best,
             "world_size": WORLD_SIZE,
+            "spaces": self.spaces,
             "agent": cloned(self.agent.state_dict()),
             "optimizers": cloned(optimizers),
         }
@@ -1540,9 +1779,9 @@ class Run:
         """Write what is kept in memory to files, which are never half-written."""
         self.writer.flush()  # a resumed run logs only what comes after the checkpoint
         buffer = io.BytesIO()
-        torch.save({"format": 3, "args": plain(self.args), **self.kept}, buffer)
+        torch.save({"format": 4, "args": plain(self.args), **self.kept}, buffer)
         for name in self.unsaved:
-            path = os.path.join(self.path, name)
+            path = os.path.join(self.folder, name)
             with open(path + ".tmp", "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
@@ -1565,11 +1804,36 @@ class Run:
             print(f"\nend: {self.progress}, after {timedelta(seconds=seconds)}")
             step = self.saved_step
             way = "evaluate" if step >= self.args.total_timesteps else "resume"
-            program = "python ppo.py"
-            if way == "resume" and WORLD_SIZE > 1:
-                program = f"torchrun --nproc-per-node {WORLD_SIZE} ppo.py"
-            print(f"{way} from step {step:,}: {program} --{way} {self.path}", flush=True)
-            self.writer.close()
+            print(f"{way} from step {step:,}: {command(way, self.path, WORLD_SIZE)}", flush=True)
+            if error is None and self.args.eval_episodes > 0:
+                self.writer.flush()  # the evaluation follows
+            else:
+                self.writer.close()
+
+
+def command(way: str, path: str, processes: int) -> str:
+    """The command line that evaluates or resumes a run; without a script only its folder."""
+    if not hasattr(sys.modules["__main__"], "__file__"):  # as in a notebook
+        return path
+    is_alone = way == "evaluate" or processes == 1
+    program = "python" if is_alone else f"torchrun --nproc-per-node {processes}"
+    return f"{program} {shlex.quote(sys.argv[0])} --{way} {shlex.quote(path)}"
+
+
+def short(x: float) -> str:
+    """A number with four significant digits."""
+    rounded = float(f"{x:.4g}")
+    return f"{rounded:,.10g}"
+
+
+def show_line(line: str, is_due: bool) -> None:
+    """Show a line on a terminal in place of the one before, elsewhere print it if it is due."""
+    is_terminal = getattr(sys.stdout, "isatty", bool)
+    if is_terminal():
+        width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
+        print("\r\x1b[K" + line[:width], end="", flush=True)
+    elif is_due:
+        print(line, flush=True)
 
 
 def cloned(x: object) -> object:
@@ -1583,14 +1847,17 @@ def cloned(x: object) -> object:
     return x
 
 
-def make_folder(args: Args) -> str:
-    """Make the folder of a new run in runs/. Raises InputError if it cannot be made."""
+def make_folder(args: Args, home: str) -> str:
+    """Make the folder of a new run in runs/ of the folder `home`, and return runs/name.
+
+    Raises InputError if it cannot be made.
+    """
     milliseconds = time.time_ns() // 10**6
     name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{milliseconds}"
     safe = "".join(c if c.isalnum() or c in "_-." else "-" for c in name).strip(".-")
     path = os.path.join("runs", safe or "run")
     try:
-        os.makedirs(path)
+        os.makedirs(os.path.join(home, path))
     except OSError as error:
         raise InputError(f"Cannot make folder {path}: {error.strerror}; set --run-name.") from error
     return path
@@ -1608,8 +1875,8 @@ def load(path: str) -> dict:
             if archive.testzip() is not None:  # torch itself checks no checksums
                 raise ValueError("it is damaged")
         checkpoint = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if checkpoint["format"] != 3:
-            raise ValueError(f"its format is {checkpoint['format']}, not 3")
+        if checkpoint["format"] != 4:
+            raise ValueError(f"its format is {checkpoint['format']}, not 4")
         args = Args(**checkpoint["args"])
         args.hidden_sizes = tuple(args.hidden_sizes)  # a list in JSON
     except Exception as error:
@@ -1640,18 +1907,53 @@ def restore(checkpoint: dict | None, agent: nn.Module, optimizers: list[Optimize
         raise unusable(checkpoint["path"], error) from error
 
 
-def make_agent(checkpoint: dict, args: Args, agent_class: type[Agent]) -> Agent:
-    """The agent of a checkpoint, on the CPU."""
-    with closing_envs(make_envs(replace(args, num_envs=1))) as envs:
-        agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
+def make_agent(checkpoint: dict, agent_class: type[Agent]) -> Agent:
+    """The agent of a checkpoint, on the CPU; no environment is made."""
+    observation_space, action_space = [space_of(x) for x in checkpoint["spaces"]]
+    agent = agent_class(observation_space, action_space, checkpoint["args"])
     restore(checkpoint, agent, optimizers=[])
     return agent
 
 
+SPACE_ARGUMENTS = {  # what their constructors take
+    "Box": ("low", "high"),
+    "Discrete": ("n", "start"),
+    "MultiDiscrete": ("nvec", "start"),
+    "MultiBinary": ("n",),
+}
+
+
+def plain_space(space: spaces.Space) -> dict:
+    """A space that an agent has, as what a checkpoint may hold: strings and tensors."""
+    (kind,) = [x for x in SPACE_ARGUMENTS if isinstance(space, getattr(spaces, x))]
+    arguments = {name: torch.as_tensor(getattr(space, name)) for name in SPACE_ARGUMENTS[kind]}
+    return {"kind": kind, "dtype": str(space.dtype), **arguments}
+
+
+def space_of(plain: dict) -> spaces.Space:
+    """The space that `plain_space` has made plain."""
+    kind = plain["kind"]
+    arguments = {}
+    for name in SPACE_ARGUMENTS[kind]:
+        x = plain[name]
+        arguments[name] = x.numpy() if x.dim() > 0 or kind == "Box" else x.item()
+    if kind != "MultiBinary":  # which has int8 always
+        arguments["dtype"] = np.dtype(plain["dtype"])
+    return getattr(spaces, kind)(**arguments)
+
+
 def load_agent(path: str, agent_class: type[Agent] = Agent) -> Agent:
     """The trained agent of a run's folder or of a .pt file, on the CPU. Raises InputError."""
-    checkpoint = load(path)
-    return make_agent(checkpoint, checkpoint["args"], agent_class)
+    return make_agent(load(path), agent_class)
+
+
+def as_batch(obs: object, space: spaces.Space) -> Tensor:
+    """One observation of an environment, of its space, as the batch (1, *obs) of an agent."""
+    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+    if not (is_vector or is_image(space)):
+        obs = spaces.flatten(space, obs)
+    dtype = np.uint8 if is_image(space) else np.float32
+    return torch.from_numpy(np.asarray(obs, dtype)[None])
 
 
 def evaluate(
@@ -1663,26 +1965,40 @@ def evaluate(
     """
     if checkpoint is None:
         checkpoint = load(path)
+        args = merged(args, checkpoint["args"])
     args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10, compile=False)
     check(args, checkpoint)
-    agent = make_agent(checkpoint, args, agent_class)
+    folder = os.path.abspath(path)
+    folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
+    step = checkpoint["global_step"]
+    agent = make_agent(checkpoint, agent_class)
     agent.to(set_up(args, agent.observation_space))
-    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    return play(agent, args, folder, checkpoint["global_step"])
+    returns = play(agent, args, folder, step)
+    if not os.access(folder, os.W_OK):
+        warn(f"this evaluation is not in TensorBoard, as {folder} cannot be written.")
+    elif RANK == 0:
+        with closing(SummaryWriter(folder)) as writer:
+            writer.add_scalar("eval/episodic_return", returns.mean(), step)
+    return returns
 
 
+@undisturbed()
 def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     """Play args.eval_episodes episodes, each with a seed of its own, and return their raw returns.
 
-    Prints their statistics, and logs their mean, at `step`, and films to the folder. The first
-    process does so alone.
+    Prints their statistics, and films to the folder. Where no time limit ends an episode, it is cut
+    after its share of the steps that were trained. The first process plays alone.
     """
     if RANK > 0:
         return np.zeros(0)
     env_seed, run_seed = reseed(args)
     device = next(agent.parameters()).device
     generator = Generator(device).manual_seed(run_seed)
+    agent_spaces = agent.observation_space, agent.action_space
     envs = make_envs(replace(args, num_envs=1), "rgb_array" if args.capture_video else None)
+    if (envs.single_observation_space, envs.single_action_space) != agent_spaces:
+        close(envs)
+        raise InputError(f"The spaces of {args.env_id} are not those that the agent has.")
     if args.capture_video:
         envs = RecordVideo(
             envs,
@@ -1692,10 +2008,14 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
             name_prefix=f"step-{step}",
         )
     returns = np.zeros(args.eval_episodes)
+    time_limit = getattr(envs.spec, "max_episode_steps", None) or 0
+    limit = max(time_limit, step // args.eval_episodes, 1000)
+    num_cut = 0
+    shown_time = time.monotonic()
     with closing_envs(envs):
         for episode in range(args.eval_episodes):
             obs, _ = envs.reset(seed=env_seed + episode)
-            for _ in range(100_000):  # an agent may balance for ever
+            for t in range(limit):  # an agent may balance for ever
                 with torch.inference_mode():
                     obs_tensor = torch.from_numpy(obs.astype(agent.obs_dtype)).to(device)
                     action = agent.act(obs_tensor, not args.eval_stochastic, generator)
@@ -1704,31 +2024,46 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
                 returns[episode] += reward.item()
                 if (terminated or truncated) and not info.get("life_lost", False):
                     break
-    statistics = f"mean {returns.mean():.1f} std {returns.std():.1f}"
-    extremes = f"min {returns.min():.1f} max {returns.max():.1f}"
+                if time.monotonic() > shown_time + 1:
+                    shown_time = time.monotonic()
+                    show_line(f"eval: episode {episode + 1}, step {t + 1:,}", is_due=False)
+            else:
+                num_cut += 1
+    statistics = f"mean {short(returns.mean())} std {short(returns.std())}"
+    extremes = f"min {short(returns.min())} max {short(returns.max())}"
     way = "stochastic" if args.eval_stochastic else "greedy"
-    print(f"eval: {statistics} {extremes} ({len(returns)} episodes, {way})", flush=True)
-    with closing(SummaryWriter(folder)) as writer:
-        writer.add_scalar("eval/episodic_return", returns.mean(), step)
+    cut = f", {num_cut} of them cut after {limit:,} steps" if num_cut > 0 else ""
+    show_line("", is_due=False)
+    print(f"eval: {statistics} {extremes} ({len(returns)} episodes, {way}{cut})", flush=True)
     return returns
 
 
 # --- 11. Main -------------------------------------------------------------------------------------
+SIGNALS = [  # that end a run; Windows has no SIGHUP
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
 def ignore(_signum: int, _frame: object) -> None:
     """Do nothing. (With SIG_IGN Python would complain of a second signal that has come already.)"""
 
 
 def leave(signum: int, _frame: object) -> None:
     """End the process by raising SystemExit, so that context managers clean up, undisturbed."""
-    signal.signal(signal.SIGINT, ignore)
-    signal.signal(signal.SIGTERM, ignore)
+    for number in SIGNALS:
+        if signal.getsignal(number) == leave:
+            signal.signal(number, ignore)
     sys.exit(128 + signum)
 
 
 def main(agent_class: type[Agent] = Agent) -> None:
     """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the name of a run may be in any script
+    sys.path.append(os.getcwd())  # for module:Env-v0
     try:
         args, checkpoint = parse(sys.argv[1:])
         if args.evaluate is not None and args.resume is None:
@@ -1741,6 +2076,13 @@ def main(agent_class: type[Agent] = Agent) -> None:
     except (NonFiniteError, ProcessError) as error:
         print(f"ppo.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # nobody reads what is printed, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ import ppo
 import probes  # noqa: F401 (registers the environments)
 
 
+def pytest_configure(config):
+    marker = "upstream: true of this ppo.py alone; a fork leaves it out with -m 'not upstream'"
+    config.addinivalue_line("markers", marker)
+
+
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     """Every test runs where its runs/ harm nobody."""
@@ -23,7 +28,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def restored_handlers():
     """What main does to its process, it must not do to that of the tests."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in ppo.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

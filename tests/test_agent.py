@@ -446,12 +446,22 @@ def test_policy_and_value_function_both_see_scaled_observations():
 
 def test_bounded_dimensions_are_mapped_and_all_are_clipped():
     inf = np.inf
-    low = np.array([-2, 0, -inf, 1], np.float32)
+    low = np.array([-2, 0, -inf, -1], np.float32)
     high = np.array([2, 10, inf, inf], np.float32)
     agent = ppo.Agent(OBS, spaces.Box(low, high), ppo.Args())
     action = [[0, 0, 0, 0], [1, -1, 5, 5], [0.5, 0.5, -7, 2], [3, -3, 1e9, -3]]
-    expected = [[0, 5, 0, 1], [2, 0, 5, 5], [1, 7.5, -7, 2], [2, 0, 1e9, 1]]
+    expected = [[0, 5, 0, 0], [2, 0, 5, 5], [1, 7.5, -7, 2], [2, 0, 1e9, -1]]
     np.testing.assert_allclose(agent.to_env(np.array(action, np.float32)), expected)
+
+
+def test_dimensions_with_one_bound_start_within_it():
+    """Where 0 is out of bounds: else all samples would be clipped to the bound, good or bad."""
+    inf = np.inf
+    low = np.array([5, -inf, -inf, 5], np.float32)
+    high = np.array([inf, -7, 7, 2e6], np.float32)
+    agent = ppo.Agent(OBS, spaces.Box(low, high), ppo.Args())
+    sent = agent.to_env(np.array([[0] * 4, [3] * 4, [-3] * 4], np.float32))
+    np.testing.assert_allclose(sent, [[5, -7, 0, 5], [8, -7, 3, 8], [5, -10, -3, 5]])
 
 
 def test_the_mapping_goes_by_the_space():

@@ -285,7 +285,7 @@ def test_the_last_hundred_episodes_go_on_where_they_ended(resumed, capsys):
     mean = np.mean(returns)
     assert checkpoint["best"] == pytest.approx(mean, rel=1e-5)
     assert torch.load("runs/a/best.pt")["iteration"] == 16
-    means = f", return {mean:.1f}, length {np.mean(lengths):.1f}"
+    means = f", return {mean:.4g}, length {np.mean(lengths):.4g}"
     assert last_means(capsys.readouterr().out) == means
 
 
@@ -326,7 +326,7 @@ def test_all_that_a_checkpoint_holds_matters_to_the_run_that_is_resumed():
     assert differing(expected, resumed()) == []
     names = []
     for name, x in leaves(checkpoint).items():
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and not name.startswith(".spaces"):  # for evaluations
             before = x.clone()
             x.add_(1)
             assert differing(expected, resumed()), name
@@ -434,10 +434,13 @@ def interrupting(count, at, number):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(("at", "count"), [("rollout", 7 * 16 + 5), ("update", 7 * 4 + 3)])
 @pytest.mark.parametrize("exact", [False, True])
-def test_what_a_signal_leaves_is_the_unbroken_run_so_far(at, count, exact, number, code, capsys):
+def test_what_a_signal_leaves_is_the_unbroken_run_so_far(
+    at, count, exact, number, code, capsys, monkeypatch
+):
     """Iteration 7 of 12, bit for bit, though it fell to no regular moment; or 5, which did."""
     flags = {**SMALL, "total_timesteps": 12 * 32, "checkpoint_interval": 5, "exact_resume": exact}
     args = ppo.Args(**flags)
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
     signal.signal(number, ppo.leave)
     with pytest.raises(SystemExit) as leaving:
         ppo.train(args, agent_class=interrupting(count, at, number))
@@ -520,14 +523,16 @@ def test_what_a_checkpoint_holds(finished):
     checkpoint = saved(finished)
     keys = {"format", "args", "iteration", "global_step", "returns", "lengths", "best", "agent"}
     assert keys < set(checkpoint)
-    assert checkpoint["format"] == 3
+    assert checkpoint["format"] == 4
     assert (checkpoint["iteration"], checkpoint["global_step"]) == (12, 384)
     assert set(checkpoint["args"]) == {field.name for field in dataclasses.fields(ppo.Args)}
     assert checkpoint["args"]["total_timesteps"] == 384
     assert checkpoint["args"]["resume"] is checkpoint["args"]["evaluate"] is None
     statistics = {"obs_stats.mean", "obs_stats.std", "obs_stats.count", "return_stats.std"}
     assert statistics < set(checkpoint["agent"])
-    optimizers = leaves({name: checkpoint[name] for name in checkpoint.keys() - keys})
+    observation_space, action_space = [ppo.space_of(x) for x in checkpoint["spaces"]]
+    assert (observation_space.shape, action_space) == ((4,), gym.spaces.Discrete(2))
+    optimizers = leaves({name: checkpoint[name] for name in checkpoint.keys() - keys - {"spaces"}})
     state = {name: x for name, x in optimizers.items() if isinstance(x, torch.Tensor)}
     assert len(state) > 0
     assert all(x.abs().max() > 0 for x in state.values())
@@ -842,7 +847,8 @@ def test_bad_checkpoints_are_refused_in_a_sentence(name, flags, copy, tmp_path, 
     result = command(mode, "runs/a", more)
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith("ppo.py: Cannot use runs/a/checkpoint.pt: ")
+    other = "ppo.py: The spaces of Acrobot-v1 are not those that the agent has."
+    assert line.startswith("ppo.py: Cannot use runs/a/checkpoint.pt: ") or line == other
     assert files(tmp_path) == before, "nothing is executed or overwritten"
 
 
@@ -967,7 +973,7 @@ def test_signals(mode, number, code, target, tmp_path):
     assert process.returncode == code
     assert err == ""
     step = torch.load(path)["global_step"]
-    assert out.splitlines()[-1] == f"resume from step {step:,}: python ppo.py --resume runs/a"
+    assert out.splitlines()[-1] == f"resume from step {step:,}: python {PPO} --resume runs/a"
     wait_for_the_end_of(process)
     events = EventAccumulator(str(path.parent)).Reload()
     last = events.Scalars("losses/policy_loss")[-1].step

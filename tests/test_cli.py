@@ -385,14 +385,15 @@ def test_a_run(tmp_path):
     header = result.stdout.splitlines()
     assert header[0] == f"run: runs/{name}, from step 0, preset none"
     assert header[1] == "environments: 4 x probes:Match-v0, sync"
+    assert header[5] == "first rollout, of 512 steps ..."
     assert header[2] == "spaces: (1,) -> Discrete(2)"
     assert re.fullmatch(r"agent: [\d,]+ parameters on cpu, processes: 1", header[3])
     assert header[4] == "update: 4 epochs of 4 minibatches of 128 rows"
-    assert re.match(r"2,048 steps \(100%\), [\d,]+ steps/s, return .*, 0:00:00 left", header[8])
+    assert re.match(r"2,048 steps \(100%\), 0:00:00 left, [\d,]+ steps/s, return .*", header[9])
     *_, end, way, evaluation = result.stdout.splitlines()
     assert end.startswith("end: 2,048 steps (100%)")
-    assert way == f"evaluate from step 2,048: python ppo.py --evaluate runs/{name}"
-    number = r"-?\d+\.\d"
+    assert way == f"evaluate from step 2,048: python {PPO} --evaluate runs/{name}"
+    number = r"-?[\d,.]+"
     pattern = rf"eval: mean {number} std {number} min {number} max {number} \(10 episodes, greedy\)"
     assert re.fullmatch(pattern, evaluation)
     assert os.listdir(tmp_path) == ["runs"]
@@ -453,13 +454,14 @@ def test_progress_on_a_terminal_is_one_line(columns, tmp_path):
     lines = in_a_terminal(tmp_path, columns, "--total-timesteps=10_240", "--eval-episodes=0")
     (progress,) = [line for line in lines if "\r" in line]
     updates = progress.replace("\x1b[K", "").split("\r")[1:]
-    assert len(updates) == 20
+    assert len(updates) == 21
+    assert updates[0] == "first rollout, of 512 steps ..."
     if columns == 0:
-        assert all(update.endswith(" left") for update in updates)
+        assert all(re.search(r", length [\d.]+$", update) for update in updates[1:])
     else:
         assert max(map(len, updates)) == columns - 1
-    pattern = r"9,216 steps \(90%\), [\d,]+ steps/s, return \d+\.\d, length"
-    assert re.match(pattern, updates[17])
+    pattern = r"9,216 steps \(90%\), \d:\d\d:\d\d left, [\d,]+ steps/s, return"
+    assert re.match(pattern, updates[18])
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -473,6 +475,7 @@ def test_import_has_no_side_effects(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.upstream
 def test_defaults():
     """Those of CleanRL's ppo.py, with scaling on. A fork may have more flags."""
     expected = {
@@ -567,7 +570,7 @@ def test_an_exception_of_the_environment_keeps_its_traceback(mode, tmp_path):
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "RuntimeError: the motor is on fire" in result.stderr
-    assert "resume from step 128: python ppo.py --resume runs/a" in result.stdout
+    assert f"resume from step 128: python {PPO} --resume runs/a" in result.stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses = EventAccumulator(str(tmp_path / "runs" / "a")).Reload().Scalars("losses/policy_loss")
@@ -669,7 +672,7 @@ def test_a_full_disk_is_exit_code_1(limit, tmp_path):
     assert "File too large" in result.stderr
     if limit == 20_000:
         step = ppo.load("runs/a")["global_step"]
-        assert f"resume from step {step:,}: python ppo.py --resume runs/a" in result.stdout
+        assert f"resume from step {step:,}: python {PPO} --resume runs/a" in result.stdout
 
 
 def test_actions_without_bounds_bring_no_warning():
@@ -735,6 +738,7 @@ def test_a_mistake_in_a_check_is_not_taken_for_bad_input(error, tmp_path):
     assert result.stderr.splitlines()[-1].startswith(f"{error}: ")
 
 
+@pytest.mark.upstream
 def test_the_network_of_the_readme_takes_the_same_command_line(tmp_path):
     """The module under "Fork it" is trained, resumed, evaluated, and refused in a sentence."""
     section = PPO.with_name("README.md").read_text().split("## Fork it")[1]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +50,8 @@ def test_the_line_and_the_scalar(capsys):
     assert returns.tolist() == probes.Dice.rewards
     assert len(set(returns)) == len(returns) == 7
     line = capsys.readouterr().out
-    statistics = f"mean {returns.mean():.1f} std {returns.std():.1f}"
-    extremes = f"min {returns.min():.1f} max {returns.max():.1f}"
+    statistics = f"mean {returns.mean():.4g} std {returns.std():.4g}"
+    extremes = f"min {returns.min():.4g} max {returns.max():.4g}"
     assert line == f"eval: {statistics} {extremes} (7 episodes, greedy)\n"
     assert curves()["eval/episodic_return"] == [(192, pytest.approx(returns.mean()))]
     assert evaluated(**flags).tolist() == returns.tolist(), "the same seeds each time"
@@ -84,7 +85,7 @@ def test_a_run_without_evaluation_can_be_evaluated(command):
     """By the command that its end shows."""
     flags = ["--total-timesteps=64", "--num-steps=16", "--run-name=a", "--eval-episodes=0"]
     last = command(*flags).stdout.splitlines()[-1]
-    assert last == "evaluate from step 64: python ppo.py --evaluate runs/a"
+    assert last == f"evaluate from step 64: python {sys.argv[0]} --evaluate runs/a"
     assert command(*last.split()[-2:]).stdout.endswith("(10 episodes, greedy)\n")
 
 
@@ -157,12 +158,14 @@ class Still(ppo.Agent):
 
 
 def test_an_agent_that_goes_on_for_ever_is_stopped(capsys):
-    """After 100,000 steps of reward 1."""
-    flags = {"env_id": "Endless-v0", "total_timesteps": 64}
+    """After its share of the steps that were trained, with reward 1 in each, or 1,000."""
+    flags = {"env_id": "Endless-v0", "total_timesteps": 9600}
     ppo.train(ppo.Args(**FLAGS, **flags))
-    assert evaluated(**flags, eval_episodes=1, agent_class=Still).tolist() == [100_000.0]
-    line = "eval: mean 100000.0 std 0.0 min 100000.0 max 100000.0 (1 episodes, greedy)"
+    assert evaluated(**flags, eval_episodes=4, agent_class=Still).tolist() == [2400.0] * 4
+    line = "eval: mean 2,400 std 0 min 2,400 max 2,400"
+    line += " (4 episodes, greedy, 4 of them cut after 2,400 steps)"
     assert capsys.readouterr().out.splitlines()[-1] == line
+    assert evaluated(**flags, eval_episodes=100, agent_class=Still).tolist() == [1000.0] * 100
 
 
 @pytest.mark.parametrize("mode", ["async", "vector_entry_point"])
@@ -398,15 +401,56 @@ def examples(heading):
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
+@pytest.mark.upstream
+def test_every_example_is_python():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        compile(textwrap.dedent(block), "README.md", "exec")
+
+
+@pytest.mark.upstream
 def test_the_example_of_using_an_agent():
     """It runs as it stands, after the command above it."""
     ppo.train(ppo.Args(run_name="cartpole", total_timesteps=512, eval_episodes=0))
-    (code,) = examples("Use what it has learnt")
+    code, _ = examples("Use what it has learnt")
     names = {}
     exec(code, names)
     assert names["action"] in (0, 1)
 
 
+@pytest.mark.upstream
+def test_the_example_of_an_agent_out_of_torch():
+    """It computes the same from a file of numpy's."""
+    ppo.train(ppo.Args(run_name="cartpole", total_timesteps=5120, eval_episodes=0))
+    _, code = examples("Use what it has learnt")
+    names = {}
+    exec(code, names)
+    agent = ppo.load_agent("runs/cartpole")
+    rows = np.random.default_rng(0).normal(0, 1, (50, 4)).astype(np.float32)
+    with torch.no_grad():
+        dist, _ = agent(torch.from_numpy(rows))
+    numbers = np.array([names["logits"](row) for row in rows])
+    normalised = numbers - np.log(np.exp(numbers).sum(1, keepdims=True))
+    np.testing.assert_allclose(normalised, dist.logp.numpy(), atol=1e-5)
+    assert len(set(numbers.argmax(1))) == 2
+
+
+@pytest.mark.upstream
+def test_the_example_of_a_wrapper(tmp_path):
+    """A module of its own, with the name that the command beside it has."""
+    (code,) = [code for code in examples("Your own environment") if "gym.register" in code]
+    (tmp_path / "my_envs.py").write_text(textwrap.dedent(code))
+    (command,) = re.findall(r"`python ppo.py (--env-id my_envs:.*?)`", README)
+    flags = ["--total-timesteps=20_000", "--run-name=a", "--eval-episodes=2"]
+    result = run(tmp_path, *command.split(), *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "spaces: (9,) -> Box(-1.0, 1.0, (1,), float32)" in result.stdout
+    assert saved()["lengths"][-1] == 100
+    assert "preset continuous" in result.stdout
+
+
+@pytest.mark.upstream
 def test_the_example_of_an_agent_of_ones_own(tmp_path):
     """A file that takes the same command line, resumes, and loads what it has trained."""
     (code,) = [code for code in examples("Fork it") if "(ppo.Agent)" in code]

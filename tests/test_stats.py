@@ -332,6 +332,6 @@ def test_console_tells_returns_from_lengths_and_the_time_left(capsys, monkeypatc
     ppo.train(ppo.Args(env_id="Clock-v0", run_name="a", **flags))
     assert probes.Clock.seconds > 2000, "the start took its time"
     lines = capsys.readouterr().out.splitlines()
-    assert "48 steps (20%), 24 steps/s, return 1.0, length 2.0, 0:00:08 left" in lines
-    assert any(x.startswith("end: 240 steps (100%), 24 steps/s, return 1.0, len") for x in lines)
+    assert "48 steps (20%), 0:00:08 left, 24 steps/s, return 1, length 2" in lines
+    assert any(x.startswith("end: 240 steps (100%), 24 steps/s, return 1, len") for x in lines)
     assert pieces.values("runs/a", "charts/SPS") == [24] * 10

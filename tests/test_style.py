@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.upstream
+
 ROOT = Path(__file__).parent.parent
 CODE = (ROOT / "ppo.py").read_text()
 
@@ -20,8 +22,8 @@ MAX_COMPLEXITY = 10
 
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
-MAX_LINES_OF_PPO = 866
-MAX_LINES = 1747
+MAX_LINES_OF_PPO = 905
+MAX_LINES = 2089
 
 
 def test_licence():
