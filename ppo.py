@@ -84,7 +84,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from importlib import import_module
 from types import UnionType
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -448,11 +448,10 @@ class Agent(nn.Module):
         """
         if self.cnn is not None:
             return self.cnn(obs)
-        obs = obs.float()  # those of some environments are float64
-        stats = self.obs_stats
-        if stats is None:
-            return obs
-        return ((obs - stats.mean) / stats.std).clamp(-10, 10)
+        x = obs.float()  # those of some environments are float64
+        if self.obs_stats is not None:
+            x = ((x - self.obs_stats.mean) / self.obs_stats.std).clamp(-10, 10)
+        return x
 
     @property
     def reward_scale(self) -> Tensor | float:
@@ -861,6 +860,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, checkpoint: dict | None 
         reseed(args)  # so that the networks are the same whatever was drawn
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
+        agent.eval_returns = np.zeros(0)  # of the evaluation at the end
         # A list, so that a fork may have several; together they must hold all parameters.
         optimizers = [  # eps: [Details] #3; fused: one kernel for all parameters, which is faster
             torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
@@ -999,15 +999,9 @@ ATARI = {  # what --env-id ALE/... has beside the preset for images
     "clip_reward": True,  # [Details] #19
     "norm_reward": False,
 }
-CHANGEABLE = (  # what may differ from a saved run's when it is resumed or evaluated
-    "total_timesteps",
-    "checkpoint_interval",
-    "compile",
-    "device",
-    "eval_episodes",
-    "eval_stochastic",
-    "capture_video",
-)
+EVALUATION = ("device", "eval_episodes", "eval_stochastic", "capture_video")
+# What may differ from a saved run's when it is resumed or evaluated.
+CHANGEABLE = ("total_timesteps", "checkpoint_interval", "compile", *EVALUATION)
 
 
 def preset(
@@ -1083,18 +1077,23 @@ def translated(argv: list[str]) -> list[str]:
     Raises InputError for a flag of CleanRL that something else does here.
     """
     kinds = {flag(x.name): x.type for x in fields(Args)}
-    result = []
+    words = []
     for word in argv:
-        name, _, _ = word.replace("_", "-").partition("=")
+        name, _, value = word.partition("=")
+        name = name.replace("_", "-")
         if name in ELSEWHERE and name not in kinds:
             raise InputError(f"There is no {name}: {ELSEWHERE[name]}.")
+        is_convertible = kinds.get(name) in (bool, int, int | None)
+        words += [name, value] if value and is_convertible else [word]
+    result = []
+    for word in words:
         before = result[-1].replace("_", "-") if result else ""
         kind = kinds.get(before)
         if kind is bool and word in ("True", "true"):
             continue
         if kind is bool and word in ("False", "false"):
             result[-1] = before.replace("--", "--no-", 1)
-        elif kind in (int, int | None) and re.fullmatch(r"[\d.]+e\d+", word):
+        elif kind in (int, int | None) and re.fullmatch(r"[\d.]+[eE]\d+", word):
             result.append(f"{float(word):.0f}")
         else:
             result.append(word)
@@ -1121,6 +1120,12 @@ def check_types(args: Args) -> None:
         if isinstance(kind, type | UnionType) and not isinstance(value, kind):
             name = kind.__name__ if isinstance(kind, type) else kind
             raise InputError(f"{flag(x.name)} must be of type {name}, not {value!r}.")
+        options = get_args(x.type)
+        if get_origin(x.type) is Literal and value not in options:
+            raise InputError(f"{flag(x.name)} must be {' or '.join(options)}, not {value!r}.")
+    sizes = args.hidden_sizes
+    if not isinstance(sizes, tuple | list) or not all(isinstance(x, int) for x in sizes):
+        raise InputError(f"--hidden-sizes must be whole numbers, (64, 64), not {sizes!r}.")
 
 
 def check(args: Args, checkpoint: dict | None = None) -> None:
@@ -1149,7 +1154,6 @@ def check(args: Args, checkpoint: dict | None = None) -> None:
     low, high = LOG_STD_RANGE
     require("log_std_init", low <= args.log_std_init <= high, f"from {low} to {high}")
     require("hidden_sizes", min(args.hidden_sizes, default=1) >= 1, "at least 1 each")
-    require("activation", args.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
     require("preset", args.preset in PRESETS, " or ".join(PRESETS))
     require("env_kwargs", isinstance(args.env_kwargs, dict), "a JSON object: '{\"size\": 5}'")
     is_old = "NoFrameskip" in args.env_id
@@ -1202,26 +1206,30 @@ def explained(env_id: str, kwargs: dict) -> Iterator[None]:
     """Turn what Gymnasium or the constructor of an environment refuses into an InputError."""
     try:
         yield
-    except (NotImplementedError, gym.error.CustomSpaceError) as error:
-        if not raised_by_gymnasium(error):
-            raise
-        raise InputError(f"Spaces of {env_id} {UNSUPPORTED}: {error}") from error
     except (gym.error.Error, ImportError, TypeError, ValueError, KeyError, AssertionError) as error:
+        if isinstance(error.__cause__, gym.error.CustomSpaceError):  # in shared memory
+            raise InputError(f"Observations of {env_id} {UNSUPPORTED}.") from error
         if not kwargs and not isinstance(error, gym.error.Error | ImportError):
             raise  # no argument was given that could be refused, so it is a bug
         asked = f"{env_id} with {kwargs}" if kwargs else env_id
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, ImportError) and "ale_py" in str(error):
             reason += "; pip install ale-py"
-        if not raised_by_gymnasium(error):
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            reason += f" ({line.filename}, line {line.lineno}: {line.line})"
-        raise InputError(f"Cannot make {asked}: {reason}") from error
+        raise InputError(f"Cannot make {asked}: {reason}{place(error)}") from error
 
 
-def raised_by_gymnasium(error: Exception) -> bool:
-    """Whether a line of Gymnasium has raised it, not one of the environment."""
-    file = traceback.extract_tb(error.__traceback__)[-1].filename
+def place(error: Exception) -> str:
+    """The line of an environment in which an error was raised, or that called what raised it."""
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    ours = [i for i, frame in enumerate(frames) if is_gymnasiums(frame.filename)]
+    theirs = frames[ours[-1] + 1 :] if ours else []
+    if not theirs:
+        return ""
+    return f" ({theirs[0].filename}, line {theirs[0].lineno}: {theirs[0].line})"
+
+
+def is_gymnasiums(file: str) -> bool:
+    """Whether it is a file of Gymnasium's."""
     return file.startswith(os.path.dirname(gym.__file__))
 
 
@@ -1229,7 +1237,7 @@ def raised_by_gymnasium(error: Exception) -> bool:
 def undisturbed() -> Iterator[None]:
     """Undo what environments do to the process: to torch's modes, and to numpy's errors.
 
-    What an environment returns that Gymnasium cannot take, and that it ends the process, is said.
+    That it ends the process is an error, and to what cannot be stored of a step a hint is added.
     """
     has_grad = torch.is_grad_enabled()
     dtype = torch.get_default_dtype()
@@ -1242,7 +1250,7 @@ def undisturbed() -> Iterator[None]:
         raise
     except (TypeError, ValueError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        if frame.name == "collect" or raised_by_gymnasium(error):
+        if frame.name == "collect" or (frame.name == "step" and is_gymnasiums(frame.filename)):
             error.add_note(
                 "An environment may have returned something else than it should. A reward is one "
                 "number; if it is a vector, a wrapper has to sum it, as mo-gymnasium's "
@@ -1375,7 +1383,8 @@ def closing_envs(envs: VectorEnv) -> Iterator[VectorEnv]:
 def close(envs: VectorEnv) -> None:
     """Close environments; if that fails, it costs nobody the result."""
     try:
-        envs.close()
+        with undisturbed():
+            envs.close()
     except Exception as error:
         warn(f"closing the environments failed: {type(error).__name__}: {error}")
 
@@ -1526,7 +1535,7 @@ def warn_of_first(agent: nn.Module, rollout: Rollout) -> None:
     if obs.dtype == torch.float32:
         rows = obs.flatten(0, 1).flatten(1).cpu().double()  # (T * N + N, dimensions)
         mean = rows.mean(0)
-        gap = mean.abs() * 2**-23  # between two neighbours in float32
+        gap = torch.from_numpy(np.spacing(mean.abs().float().numpy()))  # to the next in float32
         for index in (gap > rows.std(0) / 10).logical_and(mean.abs() > 1e6).nonzero().flatten():
             warn(
                 f"observation {index} is about {short(mean[index])}, where float32 knows steps of "
@@ -1821,9 +1830,8 @@ def command(way: str, path: str, processes: int) -> str:
 
 
 def short(x: float) -> str:
-    """A number with four significant digits."""
-    rounded = float(f"{x:.4g}")
-    return f"{rounded:,.10g}"
+    """A number with four significant digits, or all of those before the point."""
+    return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.4g}"
 
 
 def show_line(line: str, is_due: bool) -> None:
@@ -1965,7 +1973,9 @@ def evaluate(
     """
     if checkpoint is None:
         checkpoint = load(path)
-        args = merged(args, checkpoint["args"])
+        asked = {name: getattr(args, name) for name in EVALUATION}
+        args = replace(merged(args, checkpoint["args"]), **asked)
+    path = os.fspath(path)
     args = replace(args, evaluate=path, eval_episodes=args.eval_episodes or 10, compile=False)
     check(args, checkpoint)
     folder = os.path.abspath(path)
@@ -1986,8 +1996,9 @@ def evaluate(
 def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     """Play args.eval_episodes episodes, each with a seed of its own, and return their raw returns.
 
-    Prints their statistics, and films to the folder. Where no time limit ends an episode, it is cut
-    after its share of the steps that were trained. The first process plays alone.
+    Prints their statistics, and films to the folder. An episode is cut after its share of the steps
+    that were trained, or after 1,000 (10,000 if the time limit is such) if that is more. The first
+    process plays alone.
     """
     if RANK > 0:
         return np.zeros(0)
@@ -2009,7 +2020,7 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
         )
     returns = np.zeros(args.eval_episodes)
     time_limit = getattr(envs.spec, "max_episode_steps", None) or 0
-    limit = max(time_limit, step // args.eval_episodes, 1000)
+    limit = max(step // args.eval_episodes, min(time_limit, 10_000), 1000)
     num_cut = 0
     shown_time = time.monotonic()
     with closing_envs(envs):
@@ -2017,12 +2028,12 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
             obs, _ = envs.reset(seed=env_seed + episode)
             for t in range(limit):  # an agent may balance for ever
                 with torch.inference_mode():
-                    obs_tensor = torch.from_numpy(obs.astype(agent.obs_dtype)).to(device)
+                    obs_tensor = torch.from_numpy(np.asarray(obs, agent.obs_dtype)).to(device)
                     action = agent.act(obs_tensor, not args.eval_stochastic, generator)
                 action = agent.to_env(action.cpu().numpy())
                 obs, reward, terminated, truncated, info = envs.step(action)
-                returns[episode] += reward.item()
-                if (terminated or truncated) and not info.get("life_lost", False):
+                returns[episode] += np.sum(reward)  # of one environment
+                if np.any([terminated, truncated]) and not info.get("life_lost", False):
                     break
                 if time.monotonic() > shown_time + 1:
                     shown_time = time.monotonic()

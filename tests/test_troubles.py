@@ -4,10 +4,12 @@ import gc
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -190,7 +192,7 @@ def test_numbers_too_large_for_float32_are_named(command):
     result = command(*flags_of("UnixTime"))
     assert result.returncode == 0
     (line,) = result.stderr.splitlines()
-    assert line.startswith("ppo.py: warning: observation 2 is about 1,700,000,000, ")
+    assert line.startswith("ppo.py: warning: observation 2 is about 1.7e+09, ")
     assert command(*flags_of("Odd"), "--run-name=b").stderr == ""
 
 
@@ -233,6 +235,9 @@ def test_a_close_that_fails_costs_nothing(command):
     assert result.returncode == 0, result.stderr
     assert "eval: mean" in result.stdout
     assert "failed: ConnectionError: the simulator is gone" in result.stderr
+    result = command(*flags_of("Disconnected", exits=True), "--run-name=b")
+    assert result.returncode == 0
+    assert "failed: RuntimeError: An environment has ended the process." in result.stderr
 
 
 def test_a_vector_version_is_closed_once():
@@ -247,8 +252,9 @@ def test_a_vector_version_is_closed_once():
 
 
 # --- Refusals -------------------------------------------------------------------------------------
-def test_a_space_that_gymnasium_does_not_know_is_refused_in_a_sentence(command):
-    result = command(*flags_of("Mission"))
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_space_that_gymnasium_does_not_know_is_refused_in_a_sentence(mode, command):
+    result = command(*flags_of("Mission"), f"--vectorization-mode={mode}")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "are not supported, or a part of them is not; README says how" in line
@@ -265,6 +271,10 @@ def test_a_refused_argument_shows_where(command):
     result = command(*flags_of("Buggy", bug="assertion"))
     (line,) = result.stderr.splitlines()
     assert 'assert bug != "assertion"' in line
+    for bug, part in (("json", "json.loads(bug)"), ("type", "None + 1")):
+        (line,) = command(*flags_of("Buggy", bug=bug)).stderr.splitlines()
+        assert "troubles.py, line " in line
+        assert part in line
 
 
 @pytest.mark.parametrize(
@@ -336,7 +346,7 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path):
         (500.0, "500"),
         (132.93, "132.9"),
         (-4439.27, "-4,439"),
-        (123456.0, "123,500"),
+        (12345.678, "12,346"),
         (1.2346e-9, "1.235e-09"),
         (3.4e37, "3.4e+37"),
         (np.float32(-0.01234567), "-0.01235"),
@@ -410,7 +420,8 @@ def test_sighup_saves_and_nohup_goes_on(tmp_path):
 # --- Command lines --------------------------------------------------------------------------------
 def test_true_false_and_powers_of_ten_are_understood():
     argv = ["--norm-obs", "False", "--clip_reward", "True", "--total-timesteps", "1e5"]
-    argv += ["--exp-name", "False", "--gamma", "5e-1", "--checkpoint-interval", "2.5e1"]
+    argv += ["--exp-name", "False", "--gamma", "5e-1", "--checkpoint-interval=2.5E1"]
+    argv += ["--norm_adv=False", "--num-envs=8", "--env-kwargs={}"]
     args = ppo.parse_args(argv)
     assert args.norm_obs is False
     assert args.clip_reward is True
@@ -418,6 +429,7 @@ def test_true_false_and_powers_of_ten_are_understood():
     assert args.exp_name == "False"
     assert args.gamma == 0.5
     assert args.checkpoint_interval == 25
+    assert (args.norm_adv, args.num_envs) == (False, 8)
 
 
 @pytest.mark.parametrize(
@@ -431,6 +443,7 @@ def test_true_false_and_powers_of_ten_are_understood():
         (["--save-model"], "runs/"),
         (["--upload-model"], "runs/"),
         (["--hf_entity=x"], "runs/"),
+        (["--cuda=False"], "--device"),
         (["--env-id=PongNoFrameskip-v4"], "--env-id must be ALE/Breakout-v5"),
     ],
 )
@@ -493,6 +506,20 @@ def kinds(kind):
     return [" | ".join(x) for x in itertools.permutations(kind.split(" | "))]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("hidden_sizes", 64, "whole numbers"),
+        ("hidden_sizes", (64.0,), "whole numbers"),
+        ("vectorization_mode", "foo", "sync or async or vector_entry_point"),
+        ("activation", "gelu", "tanh or relu"),
+    ],
+)
+def test_values_that_are_not_among_the_options_are_refused(name, value, part):
+    with pytest.raises(ppo.InputError, match=f"must be {part}.*not {re.escape(repr(value))}"):
+        ppo.check(ppo.Args(**{name: value}))
+
+
 def test_whole_numbers_are_taken_for_floats():
     ppo.check(ppo.Args(gamma=1, ent_coef=0, target_kl=1, learning_rate=0))
 
@@ -503,12 +530,14 @@ def test_resuming_from_python_needs_what_changes_alone():
     agent = ppo.train(ppo.Args(resume="runs/a", total_timesteps=128, eval_episodes=3))
     assert weights(agent).shape == weights(first).shape
     assert len(agent.eval_returns) == 3
+    assert len(first.eval_returns) == 0
     args = ppo.load("runs/a")["args"]
     assert (args.gamma, args.hidden_sizes, args.total_timesteps) == (0.5, (8,), 128)
     with pytest.raises(ppo.InputError, match="--gamma cannot be given with --resume"):
         ppo.train(ppo.Args(resume="runs/a", gamma=0.7))
     returns = ppo.evaluate("runs/a", ppo.Args(eval_episodes=4))
     assert len(returns) == 4
+    assert len(ppo.evaluate(Path("runs/a"), ppo.Args())) == 10, "not the 3 of the training"
 
 
 def test_the_returns_of_the_evaluation_can_be_found():
@@ -533,6 +562,23 @@ def test_the_returns_of_the_evaluation_can_be_found():
 def test_spaces_of_checkpoints_are_what_they_were(space, tmp_path):
     torch.save(ppo.plain_space(space), "space.pt")
     assert ppo.space_of(torch.load("space.pt", weights_only=True)) == space
+
+
+def test_a_vector_version_may_return_lists(monkeypatch):
+    step = troubles.Whole.step
+    monkeypatch.setattr(
+        troubles.Whole, "step", lambda *args: (*[x.tolist() for x in step(*args)[:4]], {})
+    )
+    flags = {**SMALL, "env_id": "Whole-v0", "vectorization_mode": "vector_entry_point"}
+    assert ppo.train(ppo.Args(**flags)).eval_returns.tolist() == [3.0] * 10
+
+
+def test_an_evaluation_takes_no_time_limit_for_a_reason_to_last():
+    gym.register("Long-v1", probes.Forever, max_episode_steps=100_000, disable_env_checker=True)
+    gym.register("Short-v1", probes.Forever, max_episode_steps=1500, disable_env_checker=True)
+    for env_id, expected in (("Long-v1", 10_000.0), ("Short-v1", 1500.0)):
+        args = ppo.Args(**{**SMALL, "run_name": env_id}, env_id=env_id, eval_episodes=1)
+        assert ppo.train(args).eval_returns.tolist() == [expected]
 
 
 def test_an_agent_is_loaded_without_its_simulator(tmp_path):

@@ -1,5 +1,6 @@
 """Environments as people have them, which made trouble: `--env-id troubles:Name-v0`."""
 
+import json
 import os
 import sys
 
@@ -139,9 +140,14 @@ class Connecting(probes.Match):
 
 
 class Disconnected(probes.Match):
-    """Cannot close at all."""
+    """Cannot close at all, or ends the process then."""
+
+    def __init__(self, exits=False):
+        self.exits = exits
 
     def close(self):
+        if self.exits:
+            sys.exit()
         raise ConnectionError("the simulator is gone")
 
 
@@ -198,6 +204,10 @@ class Buggy(probes.Match):
     def __init__(self, size=1, bug="key"):
         if bug == "key":
             {}["x"]
+        if bug == "json":
+            json.loads(bug)
+        if bug == "type":
+            self.size = None + 1
         assert bug != "assertion"
 
 
