@@ -384,6 +384,7 @@ for name, entry_point, limit in [
     ("Noisy", Noisy, 10),
     ("Nuisance", Nuisance, None),
     ("Film", Film, None),
+    ("LongFilm", Film, 10_000),
     ("Dice", Dice, None),
     ("Shifted", Shifted, None),
     ("Endless", Forever, None),

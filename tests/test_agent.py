@@ -502,6 +502,7 @@ def test_the_unclipped_sample_is_what_is_learnt_from():
     assert abs(action.mean()) < 0.5
 
 
+@pytest.mark.upstream
 def test_initialisation():
     """[Details] #2: gains sqrt 2 within, 0.01 for the policy's output, 1 for the value's."""
     space = spaces.Box(-1, 1, (64,))
@@ -537,6 +538,7 @@ def test_mlp_ends_in_a_linear_layer_of_its_gain(hidden):
     assert network(torch.randn(5, 6)).shape == (5, 2)
 
 
+@pytest.mark.upstream
 def test_network_flags():
     args = ppo.Args(hidden_sizes=(16, 8, 4), activation="relu")
     agent = ppo.Agent(OBS, spaces.Discrete(2), args)

@@ -379,7 +379,7 @@ def test_an_environment_that_shows_nothing_is_refused_in_a_sentence(command):
 
 def test_an_interrupt_does_not_wait_for_the_film(tmp_path):
     """The unfinished episode is not encoded, which would take longer than anybody waits."""
-    flags = ["--env-id=probes:Film-v0", "--capture-video", "--total-timesteps=64"]
+    flags = ["--env-id=probes:LongFilm-v0", "--capture-video", "--total-timesteps=64"]
     process = start(tmp_path, *flags, "--num-steps=16", "--run-name=a")
     while not next(process.stdout).startswith("evaluate from"):
         pass
