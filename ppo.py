@@ -2070,7 +2070,8 @@ def leave(signum: int, _frame: object) -> None:
 def main(agent_class: type[Agent] = Agent) -> None:
     """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        is_ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup does with SIGHUP
+        if not is_ignored or number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, leave)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the name of a run may be in any script

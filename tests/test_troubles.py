@@ -417,6 +417,14 @@ def test_sighup_saves_and_nohup_goes_on(tmp_path):
             assert "resume from step" in rest
 
 
+def test_ctrl_c_is_heard_in_the_background(command):
+    """Where a shell has told the process to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    result = command(*flags_of("Odd"))
+    assert result.returncode == 0
+    assert signal.getsignal(signal.SIGINT) is ppo.leave
+
+
 # --- Command lines --------------------------------------------------------------------------------
 def test_true_false_and_powers_of_ten_are_understood():
     argv = ["--norm-obs", "False", "--clip_reward", "True", "--total-timesteps", "1e5"]
