@@ -1875,7 +1875,8 @@ def make_folder(args: Args, home: str) -> str:
 def load(path: str) -> dict:
     """The checkpoint in a run's folder, or a .pt file; its "args" are Args, its "path" the file's.
 
-    Runs no code from the file. Raises InputError if it is not a valid checkpoint.
+    Its "spaces" are those of the agent, of observations and of actions. Runs no code from the file.
+    Raises InputError if it is not a valid checkpoint.
     """
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
@@ -1887,9 +1888,10 @@ def load(path: str) -> dict:
             raise ValueError(f"its format is {checkpoint['format']}, not 4")
         args = Args(**checkpoint["args"])
         args.hidden_sizes = tuple(args.hidden_sizes)  # a list in JSON
+        agent_spaces = [space_of(x) for x in checkpoint["spaces"]]
     except Exception as error:
         raise unusable(file, error) from error
-    return {**checkpoint, "args": args, "path": file}
+    return {**checkpoint, "args": args, "spaces": agent_spaces, "path": file}
 
 
 def unusable(file: str, error: Exception) -> InputError:
@@ -1917,8 +1919,7 @@ def restore(checkpoint: dict | None, agent: nn.Module, optimizers: list[Optimize
 
 def make_agent(checkpoint: dict, agent_class: type[Agent]) -> Agent:
     """The agent of a checkpoint, on the CPU; no environment is made."""
-    observation_space, action_space = [space_of(x) for x in checkpoint["spaces"]]
-    agent = agent_class(observation_space, action_space, checkpoint["args"])
+    agent = agent_class(*checkpoint["spaces"], checkpoint["args"])
     restore(checkpoint, agent, optimizers=[])
     return agent
 

@@ -827,6 +827,7 @@ BAD_CHECKPOINTS = {
     "another environment": rewrite(
         lambda checkpoint: checkpoint["args"].update(env_id="Acrobot-v1")
     ),
+    "an unknown space": rewrite(lambda checkpoint: checkpoint["spaces"][1].update(kind="Graph")),
     "an unknown flag": rewrite(lambda checkpoint: checkpoint["args"].update(colour="red")),
     "code, zipped": lambda path: torch.save(Exploit(), path),
     "code, in old style": lambda path: torch.save(

@@ -409,28 +409,30 @@ def test_every_example_is_python():
         compile(textwrap.dedent(block), "README.md", "exec")
 
 
-@pytest.mark.upstream
-def test_the_example_of_using_an_agent():
-    """It runs as it stands, after the command above it."""
-    ppo.train(ppo.Args(run_name="cartpole", total_timesteps=512, eval_episodes=0))
-    code, _ = examples("Use what it has learnt")
+def names_of(code):
+    """What an example has defined once it has run, after the command that it stands below."""
+    ppo.train(ppo.Args(run_name="cartpole", total_timesteps=5120, eval_episodes=0))
     names = {}
     exec(code, names)
-    assert names["action"] in (0, 1)
+    return names
+
+
+@pytest.mark.upstream
+def test_the_example_of_using_an_agent():
+    code, _ = examples("Use what it has learnt")
+    assert names_of(code)["action"] in (0, 1)
 
 
 @pytest.mark.upstream
 def test_the_example_of_an_agent_out_of_torch():
     """It computes the same from a file of numpy's."""
-    ppo.train(ppo.Args(run_name="cartpole", total_timesteps=5120, eval_episodes=0))
     _, code = examples("Use what it has learnt")
-    names = {}
-    exec(code, names)
+    logits = names_of(code)["logits"]
     agent = ppo.load_agent("runs/cartpole")
     rows = np.random.default_rng(0).normal(0, 1, (50, 4)).astype(np.float32)
     with torch.no_grad():
         dist, _ = agent(torch.from_numpy(rows))
-    numbers = np.array([names["logits"](row) for row in rows])
+    numbers = np.array([logits(row) for row in rows])
     normalised = numbers - np.log(np.exp(numbers).sum(1, keepdims=True))
     np.testing.assert_allclose(normalised, dist.logp.numpy(), atol=1e-5)
     assert len(set(numbers.argmax(1))) == 2
