@@ -819,7 +819,7 @@ def update(
             for optimizer in optimizers:
                 optimizer.zero_grad()
             info = differentiate(agent, minibatch, args, epsilon)
-            info = average_gradients(parameters, info, len(minibatch.obs))
+            info = average_gradients(parameters, info, len(minibatch.advantage))
             # Asked only now, as the KL divergence of all processes comes with their gradients.
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos
@@ -1012,7 +1012,7 @@ def preset(
     if name == "auto":
         mode = atari.get("vectorization_mode", mode)
         args = Args(env_id=env_id, env_kwargs=env_kwargs or {}, num_envs=1, vectorization_mode=mode)
-        check(replace(args, num_envs=WORLD_SIZE))
+        check(replace(args, num_envs=WORLD_SIZE, num_minibatches=1))
         with chdir("."), closing_envs(make_envs(args)) as envs:  # it may go elsewhere
             continuous = isinstance(envs.single_action_space, spaces.Box)
             image = is_image(envs.single_observation_space)
@@ -1314,18 +1314,23 @@ class Atari(VectorWrapper):
         return obs, reward, terminated | self.lost, truncated, info
 
 
+KEPT_INFOS = ()  # names of those that a fork needs in `collect`, as "action_mask"
+
+
 def drop_infos(envs: VectorEnv) -> None:
-    """Let the infos of environments fall away, as nothing here needs any.
+    """Let the infos of environments fall away, but for KEPT_INFOS.
 
-    Gymnasium's collection is slow where they are large, and fails where they are unlike each other:
-    without a call of this, a fork has them in `collect`.
+    Gymnasium's collection is slow where they are large, and fails where they are unlike each other.
     """
+    if not isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
+        return
+    add_info = envs.unwrapped._add_info
 
-    def add_nothing(vector_infos: dict, _env_info: dict, _env_num: int) -> dict:
-        return vector_infos
+    def add_kept(vector_infos: dict, env_info: dict, env_num: int) -> dict:
+        kept = {name: env_info[name] for name in KEPT_INFOS}
+        return add_info(vector_infos, kept, env_num)
 
-    if isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
-        envs.unwrapped._add_info = add_nothing
+    envs.unwrapped._add_info = add_kept
 
 
 def check_spaces(env_id: str, envs: VectorEnv) -> None:
@@ -2026,7 +2031,7 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     shown_time = time.monotonic()
     with closing_envs(envs):
         for episode in range(args.eval_episodes):
-            obs, _ = envs.reset(seed=env_seed + episode)
+            obs, info = envs.reset(seed=env_seed + episode)
             for t in range(limit):  # an agent may balance for ever
                 with torch.inference_mode():
                     obs_tensor = torch.from_numpy(np.asarray(obs, agent.obs_dtype)).to(device)
