@@ -55,16 +55,17 @@ class Masked(gym.Env):
 
 
 class Chain(gym.Env):
-    """A line of 26 places. One action leads on, the other one back to the start; which one does
-    what is different in each place. Only the last place, where the episode ends, has a reward.
+    """A line of 16 places. In each, one of five actions leads on, and the others back to the start.
+
+    Only the last place, where the episode ends, has a reward.
     """
 
-    observation_space = spaces.Box(0, 1, (26,), np.float32)
-    action_space = spaces.Discrete(2)
-    onward = np.random.default_rng(0).integers(2, size=26)
+    observation_space = spaces.Box(0, 1, (16,), np.float32)
+    action_space = spaces.Discrete(5)
+    onward = np.random.default_rng(0).integers(5, size=16)
 
     def observe(self):
-        return np.eye(26, dtype=np.float32)[self.place]
+        return np.eye(16, dtype=np.float32)[self.place]
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -73,7 +74,7 @@ class Chain(gym.Env):
 
     def step(self, action):
         self.place = self.place + 1 if action == self.onward[self.place] else 0
-        is_last = self.place == 25
+        is_last = self.place == 15
         return self.observe(), float(is_last), is_last, False, {}
 
 
