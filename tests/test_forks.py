@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pieces
 import pytest
+import tasks
 import torch
 from gymnasium import spaces
 
@@ -124,6 +126,8 @@ def test_lines(name):
     ("name", "env_id"),
     [
         ("recurrent", "CartPole-v1"),
+        ("recurrent", "Pendulum-v1"),
+        ("recurrent", "test_images:Square-v0"),
         ("action-mask", "tasks:Masked-v0"),
         ("rnd", "CartPole-v1"),
         ("gsde", "Pendulum-v1"),
@@ -134,7 +138,8 @@ def test_lines(name):
 def test_ratios_are_1_as_long_as_nothing_is_learnt(name, env_id, fork):
     """So old and new probabilities are of the same rows, masks, memories and distributions."""
     module = fork(name)
-    args = module.Args(env_id=env_id, num_envs=8, num_steps=32, learning_rate=0.0)
+    flags = {"env_id": env_id, "num_envs": 8, "num_steps": 32, "learning_rate": 0.0}
+    args = module.Args(**flags, recompute_advantages=True)
     with pieces.learner(args, module.Agent) as learner:
         learner.collect()  # the next rollout begins within episodes
         rollout = learner.collect()
@@ -210,8 +215,39 @@ def test_memory_lasts_an_episode_and_its_invalid_row(fork):
 
 def test_a_minibatch_needs_an_environment(fork):
     module = fork("recurrent")
-    with pytest.raises(module.InputError, match="--num-envs must be at least 4, one for each"):
+    with pytest.raises(module.InputError, match="--num-minibatches must be at most 3, an env"):
         module.check(module.Args(num_envs=3, num_minibatches=4))
+
+
+def test_memory_ends_with_a_life(fork, monkeypatch):
+    """In an evaluation as in training: after the row that follows, in which FIRE is pressed."""
+    module = fork("recurrent")
+
+    class Game(gym.vector.VectorWrapper):
+        def step(self, action):
+            *step, info = self.env.step(action)
+            self.t += 1
+            info["life_lost"] = np.array([self.t == 3])
+            return (*step[:2], step[2] | info["life_lost"], step[3], info)
+
+        def reset(self, **kwargs):
+            self.t = 0
+            return self.env.reset(**kwargs)
+
+    class Recorder(module.Agent):
+        def act(self, obs, memory, *args):
+            memories.append(memory.clone())
+            return super().act(obs, memory, *args)
+
+    make_envs = module.make_envs
+    monkeypatch.setattr(module, "make_envs", lambda *args: Game(make_envs(*args)))
+    memories = []
+    args = module.Args(env_id="tasks:Cue-v0", eval_episodes=1)
+    agent = small_agent(module, tasks.Cue.observation_space, tasks.Cue.action_space)
+    agent.__class__ = Recorder
+    module.play(agent, args, ".", 0)
+    cleared = [not memory.any() for memory in memories]
+    assert cleared == [True, False, False, False, True, False]  # obs 3 is that of the lost life
 
 
 def test_minibatches_hold_environments_in_time_order(fork):
@@ -315,6 +351,12 @@ def test_intrinsic_advantages_by_hand(fork):
     assert batch.target[:, 1].tolist() == pytest.approx(targets, abs=1e-5)
     assert batch.next_obs.flatten().tolist() == [2, -3, 4]
 
+    # Where the last row ends an episode, what was before it stands for what follows.
+    done = rollout.done.clone()
+    done[3] = True
+    batch = module.estimate_advantages(agent, rollout._replace(done=done), args)
+    assert batch.advantage[2].item() == pytest.approx(0.4 + g * v[3] - v[3], abs=1e-5)
+
 
 def test_novelty_is_of_what_actions_led_to_and_wears_off(fork):
     module = fork("rnd")
@@ -336,6 +378,22 @@ def test_novelty_is_of_what_actions_led_to_and_wears_off(fork):
     assert all(torch.equal(target[name], after[name]) for name in target)
 
 
+def test_intrinsic_statistics_by_hand(fork):
+    """The deviation of the discounted sum of all intrinsic rewards so far, whatever ended."""
+    module = fork("rnd")
+    args = module.Args(env_id="tasks:Chain-v0", num_envs=4, num_steps=64, int_gamma=0.8)
+    with pieces.learner(args, module.Agent) as learner:
+        rollouts = [learner.collect() for _ in range(3)]
+    rewards = torch.cat([rollout.int_reward for rollout in rollouts]).numpy().astype(float)
+    returns = torch.cat([rollout.int_return for rollout in rollouts]).numpy()
+    for t in (0, 1, 70, 191):
+        expected = sum(0.8**k * rewards[t - k] for k in range(t + 1))
+        assert returns[t] == pytest.approx(expected, rel=1e-4)
+    agent = trained(module, *CHAIN, "--total-timesteps", "1024")  # one iteration
+    assert agent.int_return_stats.count == 1024
+    assert agent.int_return_stats.std < 1  # it was 1 at first
+
+
 def test_novelty_of_images(fork):
     module = fork("rnd")
     space = spaces.Box(0, 255, (40, 40, 3), np.uint8)
@@ -352,6 +410,14 @@ def test_muon(fork):
     _, muon = torch.load("runs/muon/checkpoint.pt")["optimizers"]
     shapes = [state["momentum_buffer"].shape for state in muon["state"].values()]
     assert shapes == [(64, 64), (64, 64)]  # one of the policy, one of the value function
+
+
+def test_muon_of_images(fork):
+    flags = ("--env-id", "test_images:Square-v0", "--num-steps", "16", "--run-name", "images")
+    trained(fork("muon"), *flags, "--total-timesteps", "128")
+    _, muon = torch.load("runs/images/checkpoint.pt")["optimizers"]
+    shapes = [state["momentum_buffer"].shape for state in muon["state"].values()]
+    assert shapes == [(512, 64)]  # of the convolutional network, the last of its layers
 
 
 def test_muon_where_there_is_no_hidden_matrix(fork):
@@ -397,6 +463,8 @@ def test_gsde_by_hand(fork):
     samples = agent.act(many, generator=torch.Generator().manual_seed(0))
     assert samples.std(0).tolist() == pytest.approx(np.sqrt(variance[0]).tolist(), rel=0.02)
     assert agent.act(obs, greedy=True).numpy() == pytest.approx(mean, abs=1e-5)
+    where_all_are_1 = np.sqrt((sigma**2).sum(0)).mean()
+    assert agent.scalars()["action_std"] == pytest.approx(where_all_are_1, rel=1e-4)
 
 
 def test_gsde_keeps_its_noise(fork):
@@ -465,7 +533,7 @@ def test_squashed_density(fork):
     module = fork("squashed")
     edges = np.linspace(-1, 1, 400_001)
     a = (edges[1:] + edges[:-1]) / 2
-    for mean, log_std in [(0.3, -0.7), (-1.0, -1.0), (0.0, 0.0)]:
+    for mean, log_std in [(0.3, -0.7), (-1.0, -1.0), (0.0, 0.0), (0.5, 0.5)]:
         dist = module.SquashedGaussian(
             torch.tensor([[mean]]).double(), torch.tensor([log_std]).double()
         )
@@ -547,6 +615,31 @@ def test_wandb(fork_folder, tmp_path):
     assert content.count(b"losses/policy_loss") >= 4  # iterations
     for word in (b"charts/episodic_return", b"eval/episodic_return", b"hidden_sizes"):
         assert word in content
+
+    # Trained one after the other in one process, two runs have a file each.
+    program = """import ppo
+for name in ("one", "two"):
+    ppo.train(ppo.Args(run_name=name, total_timesteps=512, eval_episodes=0, track=True))
+"""
+    environment = {"PYTHONPATH": str(fork_folder("wandb")), "WANDB_MODE": "offline"}
+    result = run_in(tmp_path, "-c", program, **environment)
+    assert result.returncode == 0, result.stderr
+    files = {path.name: path for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}
+    assert set(files) == {"run-mine.wandb", "run-one.wandb", "run-two.wandb"}
+    for name, other in (("one", b"runs/two"), ("two", b"runs/one")):
+        content = files[f"run-{name}.wandb"].read_bytes()
+        assert b"losses/policy_loss" in content
+        assert other not in content
+
+
+def test_wandb_without_a_key(fork_folder, tmp_path):
+    pytest.importorskip("wandb")
+    words = (fork_folder("wandb") / "ppo.py", "--track", "--total-timesteps", "512")
+    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
+    result = run_in(tmp_path, *words, **environment)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("ppo.py: ")
+    assert not (tmp_path / "runs").exists()
 
 
 # --- export ---------------------------------------------------------------------------------------
