@@ -2,21 +2,24 @@
 a table.
 
     python tests/benchmarks/learning.py                           # all that runs/benchmark/ lacks
-    python tests/benchmarks/learning.py --only Ant-v5 --seeds 1   # some of it
+    python tests/benchmarks/learning.py --only Ant "Ant, 3M" --seeds 1   # some of it
     python tests/benchmarks/learning.py --folder runs/mine        # all of it again, elsewhere
-    python tests/benchmarks/learning.py --folder runs/try --only Ant-v5 --flags="--num-steps 64"
+    python tests/benchmarks/learning.py --folder runs/try --only Ant --flags="--num-steps 64"
 
 It may be interrupted and called again: a finished run is a line of results.csv, and is repeated
 only if its flags here or its preset have changed, or that line is taken out (as after another
-change of ppo.py). In the folder are results.csv (a line a run), <environment>.csv (the learning
+change of ppo.py). In the folder are results.csv (a line a run), <task>.csv (the learning
 curves), table.md and curves.png. The training return is the mean over the last 100 episodes, the
-evaluation that of 100 greedy episodes; seconds and steps per second are of the whole command,
-imports and evaluation included, with as many other runs beside it as --processes says. The table
-and the picture show the runs with the flags and presets of now.
+evaluation that of 100 greedy episodes of the last checkpoint, and that of best.pt another one;
+seconds and steps per second are of the whole training, imports, compiling and evaluation included,
+with as many other runs beside it as --processes says. The table and the picture show the runs with
+the flags and presets of now. All are trained with --compile.
 """
 
 import argparse
 import csv
+import itertools
+import json
 import os
 import platform
 import re
@@ -42,60 +45,126 @@ sys.path.insert(0, str(ROOT))
 import ppo  # noqa: E402
 
 CLASSIC = "--num-envs 8 --num-steps 64 --update-epochs 10 --learning-rate 5e-4"
-LUNAR = """--total-timesteps 1_000_000 --num-envs 16 --num-steps 1024 --num-minibatches 256
-    --learning-rate 3e-4 --gamma 0.999 --gae-lambda 0.98"""
-FLAGS = {  # beside --env-id and --seed
-    "CartPole-v1": CLASSIC,
-    "Acrobot-v1": CLASSIC,
-    "MountainCar-v0": CLASSIC,
-    "LunarLander-v3": LUNAR,
-    "Pendulum-v1": "",  # from here on the preset for continuous actions
-    "HalfCheetah-v5": "",
-    "Hopper-v5": "",
-    "Walker2d-v5": "",
-    "Ant-v5": "",
+LUNAR = """--num-envs 16 --num-steps 1024 --num-minibatches 256 --learning-rate 3e-4 --gamma 0.999
+    --gae-lambda 0.98 --total-timesteps 1_000_000"""
+LUNAR_CONTINUOUS = """--env-kwargs '{"continuous": true}' --preset none --ent-coef 0 """ + LUNAR
+SHORT = "--total-timesteps 100_000"
+LONG = "--total-timesteps 3_000_000"
+# By name: the environment, and the flags beside the seed. Where there are none, it is the preset.
+TASKS = {
+    "CartPole": ("CartPole-v1", CLASSIC),
+    "CartPole, 100k": ("CartPole-v1", f"{CLASSIC} {SHORT}"),
+    "Acrobot": ("Acrobot-v1", CLASSIC),
+    "MountainCar": ("MountainCar-v0", CLASSIC),
+    "MountainCarContinuous, 100k": ("MountainCarContinuous-v0", SHORT),
+    "Pendulum": ("Pendulum-v1", ""),
+    "Pendulum, 100k": ("Pendulum-v1", f"{SHORT} --gamma 0.9 --learning-rate 1e-3"),
+    "LunarLander": ("LunarLander-v3", LUNAR),
+    "LunarLander, continuous": ("LunarLander-v3", LUNAR_CONTINUOUS),
+    "BipedalWalker, 5M": ("BipedalWalker-v3", "--total-timesteps 5_000_000"),
+    "HalfCheetah": ("HalfCheetah-v5", ""),
+    "Hopper": ("Hopper-v5", ""),
+    "Walker2d": ("Walker2d-v5", ""),
+    "Ant": ("Ant-v5", ""),
+    "Humanoid": ("Humanoid-v5", ""),
+    "Swimmer": ("Swimmer-v5", "--gamma 0.9999"),
+    "Reacher": ("Reacher-v5", ""),
+    "InvertedDoublePendulum": ("InvertedDoublePendulum-v5", ""),
+    "HalfCheetah, 3M": ("HalfCheetah-v5", LONG),
+    "Hopper, 3M": ("Hopper-v5", LONG),
+    "Walker2d, 3M": ("Walker2d-v5", LONG),
+    "Ant, 3M": ("Ant-v5", LONG),
+    "Humanoid, 3M": ("Humanoid-v5", LONG),
+    "Pong, 3M": ("ALE/Pong-v5", LONG),
+    "Breakout, 3M": ("ALE/Breakout-v5", LONG),
 }
-# Published returns, with their spread over seeds: of CleanRL and baselines in training, of rl-zoo3
-# the greedy evaluation of one tuned agent, of Tianshou the best evaluation within 1 million
-# steps. MuJoCo was that of -v2 to -v4, LunarLander -v2. The README has the sources.
-PUBLISHED = {
-    "CartPole-v1": {"CleanRL": "490.0 ± 6.1", "baselines": "497.5", "rl-zoo3": "500.0"},
-    "Acrobot-v1": {"CleanRL": "-86.4 ± 1.3", "baselines": "-81.8", "rl-zoo3": "-73.5"},
-    "MountainCar-v0": {"CleanRL": "-200", "baselines": "-200", "rl-zoo3": "-110.4"},
-    "LunarLander-v3": {"rl-zoo3": "242.1"},
-    "Pendulum-v1": {"CleanRL": "-1142", "rl-zoo3": "-172.2"},
-    "HalfCheetah-v5": {
+# What others have published, and what kind of number it is. The README has the addresses. Versions
+# of environments differ: MuJoCo was that of -v2 to -v4 (SLM-Lab: -v5), LunarLander mostly -v2.
+TRAINING = "training"
+TUNED = "greedy evaluation of one agent, tuned for it"
+BEST = "best of many evaluations"
+KINDS = {
+    "CleanRL": TRAINING,
+    "baselines": TRAINING,
+    "SLM-Lab": TRAINING,
+    "rl-zoo3": TUNED,
+    "Tianshou": BEST,
+    "XuanCe": BEST,
+    "Sample Factory": BEST,
+    "MushroomRL": BEST,
+}
+PUBLISHED = {  # with the steps, where these are not those of the task
+    "CartPole": {"CleanRL": "490.0 ± 6.1", "baselines": "497.5"},
+    "CartPole, 100k": {"rl-zoo3": "500.0", "SLM-Lab": "498.9 (200k)"},
+    "Acrobot": {
+        "CleanRL": "-86.4 ± 1.3",
+        "baselines": "-81.8",
+        "SLM-Lab": "-81.3 (300k)",
+        "rl-zoo3": "-73.5 (1M)",
+    },
+    "MountainCar": {"CleanRL": "-200", "baselines": "-200", "rl-zoo3": "-110.4 (1M)"},
+    "MountainCarContinuous, 100k": {"rl-zoo3": "88.3 (20k, gSDE)"},
+    "Pendulum": {
+        "CleanRL": "-1142 (8M)",
+        "SLM-Lab": "-174.9 (300k)",
+        "MushroomRL": "-129.9 (300k)",
+    },
+    "Pendulum, 100k": {"rl-zoo3": "-172.2"},
+    "LunarLander": {"rl-zoo3": "242.1", "SLM-Lab": "183.3 (300k)"},
+    "LunarLander, continuous": {"rl-zoo3": "270", "SLM-Lab": "132.6 (300k)"},
+    "BipedalWalker, 5M": {"rl-zoo3": "287.9"},
+    "HalfCheetah": {
         "CleanRL": "1442.6 ± 46.0",
         "baselines": "1668.6",
         "rl-zoo3": "5819",
         "Tianshou": "5783.9 ± 1244.0",
+        "XuanCe": "4628",
+        "MushroomRL": "5751 (1.5M)",
     },
-    "Hopper-v5": {
+    "Hopper": {
         "CleanRL": "2382.9 ± 271.7",
         "baselines": "2316.2",
         "rl-zoo3": "2410",
         "Tianshou": "2609.3 ± 700.8",
+        "XuanCe": "3450",
+        "MushroomRL": "2996 (1.5M)",
     },
-    "Walker2d-v5": {
+    "Walker2d": {
         "CleanRL": "2288.0 ± 571.8",
         "baselines": "3425.0",
         "rl-zoo3": "3479",
         "Tianshou": "3588.5 ± 756.6",
+        "XuanCe": "4319",
     },
-    "Ant-v5": {"rl-zoo3": "1327", "Tianshou": "3258.4 ± 1079.3"},
+    "Ant": {
+        "rl-zoo3": "1327",
+        "Tianshou": "3258.4 ± 1079.3 (its rerun of 2025: 1023 ± 230)",
+        "XuanCe": "2811",
+    },
+    "Humanoid": {"Tianshou": "787", "XuanCe": "705"},
+    "Swimmer": {"SLM-Lab": "282.4 (4M)"},
+    "Reacher": {"SLM-Lab": "-5.0"},
+    "InvertedDoublePendulum": {"SLM-Lab": "8384", "Sample Factory": "9350 (10M)"},
+    "HalfCheetah, 3M": {
+        "Tianshou": "7337",
+        "SLM-Lab": "6241 (10M)",
+        "Sample Factory": "6263 (10M)",
+    },
+    "Hopper, 3M": {"Tianshou": "3128", "SLM-Lab": "1654 (4M)", "Sample Factory": "2793 (10M)"},
+    "Walker2d, 3M": {"Tianshou": "4896", "SLM-Lab": "4379 (10M)", "Sample Factory": "5488 (10M)"},
+    "Ant, 3M": {"Tianshou": "4079", "SLM-Lab": "2138 (10M)", "Sample Factory": "5876 (10M)"},
+    "Humanoid, 3M": {"Tianshou": "1360", "SLM-Lab": "2661 (10M)", "Sample Factory": "5439 (10M)"},
+    "Pong, 3M": {"CleanRL": "20.36 (10M)", "SLM-Lab": "16.7 (10M)"},
+    "Breakout, 3M": {"CleanRL": "414.66 (10M)", "SLM-Lab": "326.5 (10M)"},
 }
-SOURCES = ("CleanRL", "baselines", "rl-zoo3", "Tianshou")
-EVALUATED = {
-    "rl-zoo3": " (evaluation)",
-    "Tianshou": " (evaluation)",
-}  # the others are of the training
 COLUMNS = [
-    "env_id",
+    "task",
     "seed",
     "steps",
     "training_return",
     "evaluation_return",
     "evaluation_std",
+    "best_return",
     "seconds",
 ]
 COLUMNS += ["flags", "versions", "machine"]
@@ -109,58 +178,65 @@ def machine():
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
+def command_line(task):
+    """The flags of a task's runs, but for the seed."""
+    env_id, flags = TASKS[task]
+    return ["--env-id", env_id, "--compile", *shlex.split(flags)]
+
+
 @cache
-def settings(env_id):
-    """What a run has beside its seed: the flags above, in brackets what its preset sets below."""
-    flags = shlex.split(FLAGS[env_id])
-    preset = {} if "--preset" in FLAGS[env_id] else ppo.preset(env_id)
-    return " ".join([*flags, *(f"({name} {x})" for name, x in preset.items() if name != "preset")])
+def settings(task):
+    """What a run has beside its seed: all flags that are not the defaults, of presets, too."""
+    defaults = vars(ppo.Args())
+    args = vars(ppo.parse_args(command_line(task)))
+    return json.dumps({name: x for name, x in args.items() if x != defaults[name]})
 
 
-def train(env_id, seed):
+def run(folder, *flags):
+    """What ppo.py prints, in a folder."""
+    command = [sys.executable, ROOT / "ppo.py", *flags, "--eval-episodes", "100"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        end = done.stderr[-2000:]
+        raise RuntimeError(f"{shlex.join(flags)} ended with {done.returncode}:\n{end}")
+    return done.stdout
+
+
+def train(task, seed):
     """Run ppo.py in an empty folder; return its line of results.csv, and its curve."""
-    command = [
-        "--env-id",
-        env_id,
-        "--seed",
-        str(seed),
-        "--eval-episodes",
-        "100",
-        "--run-name",
-        "run",
-    ]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, ROOT / "ppo.py", *shlex.split(FLAGS[env_id]), *command],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
+        printed = run(folder, *command_line(task), "--seed", str(seed), "--run-name", "run")
         seconds = time.perf_counter() - start
-        if done.returncode:
-            raise RuntimeError(
-                f"{env_id}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-2000:]}"
-            )
+        evaluation = evaluated(printed)
+        best = ""  # there is none where fewer than 100 episodes have ended
+        if Path(folder, "runs/run/best.pt").exists():
+            best, _ = evaluated(run(folder, "--evaluate", "runs/run/best.pt"))
         checkpoint = torch.load(Path(folder, "runs/run/checkpoint.pt"), weights_only=True)
         events = EventAccumulator(str(Path(folder, "runs/run")), size_guidance={"scalars": 0})
         events.Reload()
     packages = f"torch {torch.__version__}, gymnasium {gym.__version__}"
     versions = f"Python {platform.python_version()}, {packages}"
-    evaluation = re.search(r"eval: mean (\S+) std (\S+)", done.stdout)
     row = {
-        "env_id": env_id,
+        "task": task,
         "seed": seed,
         "steps": checkpoint["global_step"],
         "training_return": round(float(np.mean(checkpoint["returns"])), 2),
-        "evaluation_return": evaluation[1],
-        "evaluation_std": evaluation[2],
+        "evaluation_return": evaluation[0],
+        "evaluation_std": evaluation[1],
+        "best_return": best,
         "seconds": round(seconds),
-        "flags": settings(env_id),
+        "flags": settings(task),
         "versions": versions,
         "machine": machine(),
     }
     return row, curve(events, checkpoint["global_step"])
+
+
+def evaluated(printed):
+    """Mean and deviation of the evaluation that was printed."""
+    found = re.search(r"eval: mean (\S+) std (\S+)", printed)
+    return [float(x.replace(",", "")) for x in found.groups()]
 
 
 def curve(events, total):
@@ -190,11 +266,11 @@ def read(path):
 
 
 def current(folder):
-    """By environment the finished runs of results.csv whose flags and preset are those of now."""
+    """By task the finished runs of results.csv whose flags and preset are those of now."""
     runs = {}
     for line in read(folder / "results.csv"):
-        if line["env_id"] in FLAGS and line["flags"] == settings(line["env_id"]):
-            runs.setdefault(line["env_id"], []).append(line)
+        if line["task"] in TASKS and line["flags"] == settings(line["task"]):
+            runs.setdefault(line["task"], []).append(line)
     return runs
 
 
@@ -207,78 +283,87 @@ def write(path, columns, rows):
     path.with_suffix(".tmp").replace(path)
 
 
+def curve_file(task):
+    return task.replace(", ", "-") + ".csv"
+
+
 def keep(folder, row, points):
     """Add a run to the folder, its curve first: a line of results.csv means that all is there."""
-    path = folder / f"{row['env_id']}.csv"
+    path = folder / curve_file(row["task"])
     rows = [x for x in read(path) if x["seed"] != str(row["seed"])]
     rows += [
         {"seed": row["seed"], "step": step, "seconds": seconds, "return": mean}
         for step, seconds, mean in points
     ]
     write(path, ["seed", "step", "seconds", "return"], sorted(rows, key=lambda x: int(x["seed"])))
-    name = row["env_id"], str(row["seed"])
-    results = [*(x for x in read(folder / "results.csv") if (x["env_id"], x["seed"]) != name), row]
-    results.sort(key=lambda x: ([*FLAGS, x["env_id"]].index(x["env_id"]), int(x["seed"])))
+    name = row["task"], str(row["seed"])
+    results = [*(x for x in read(folder / "results.csv") if (x["task"], x["seed"]) != name), row]
+    results.sort(key=lambda x: ([*TASKS, x["task"]].index(x["task"]), int(x["seed"])))
     write(folder / "results.csv", COLUMNS, results)
 
 
 def table(folder):
     """Write table.md: mean and deviation over the seeds, beside what others have published."""
     finished = current(folder)
+    kinds = {TRAINING: "t", TUNED: "e", BEST: "b"}
     lines = [
-        "| environment | steps | seeds | training return | greedy evaluation | "
-        + " | ".join(SOURCES)
+        "| environment | steps | seeds | training return | greedy evaluation | of best.pt | "
+        "published | steps/s | minutes |"
     ]
-    lines[0] += " | steps/s | minutes |"
-    lines.append("|---" * (len(SOURCES) + 7) + "|")
-    for env_id, runs in finished.items():
-        training, evaluation, seconds, steps = (
-            np.array([float(x[name]) for x in runs])
-            for name in ("training_return", "evaluation_return", "seconds", "steps")
+    lines.append("|---" * 9 + "|")
+    for task, runs in finished.items():
+        training, evaluation, best, seconds, steps = (
+            np.array([float(x[name] or "nan") for x in runs])
+            for name in ("training_return", "evaluation_return", "best_return", "seconds", "steps")
         )
-        cells = [env_id, f"{steps[0]:,.0f}", ", ".join(x["seed"] for x in runs)]
-        cells += [f"{x.mean():.1f} ± {x.std():.1f}" for x in (training, evaluation)]
-        cells += [PUBLISHED[env_id].get(source, "") for source in SOURCES]
+        cells = [task, f"{steps[0]:,.0f}", ", ".join(x["seed"] for x in runs)]
+        cells += [f"{x.mean():.1f} ± {x.std():.1f}" for x in (training, evaluation, best)]
+        published = PUBLISHED[task].items()
+        cells += [", ".join(f"{source} {x} {kinds[KINDS[source]]}" for source, x in published)]
         cells += [f"{(steps / seconds).mean():,.0f}", f"{seconds.mean() / 60:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     where = {f"{x['versions']}, {x['machine']}" for runs in finished.values() for x in runs}
-    lines += ["", "Runs: " + "; ".join(sorted(where)) + "."]
+    lines += ["", "; ".join(f"{letter}: {kind}" for kind, letter in kinds.items()) + "."]
+    lines += ["Runs: " + "; ".join(sorted(where)) + "."]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def picture(folder):
     """Draw curves.png: the mean over the seeds, its deviation shaded, and the published figures."""
-    shown = {env_id: [x["seed"] for x in runs] for env_id, runs in current(folder).items()}
-    rows = -(-len(shown) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
+    shown = {task: [x["seed"] for x in runs] for task, runs in current(folder).items()}
+    rows = -(-len(shown) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.8 * rows), squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    for axis, (env_id, seeds) in zip(axes.flat, shown.items(), strict=False):
-        points = read(folder / f"{env_id}.csv")
+    for axis, (task, seeds) in zip(axes.flat, shown.items(), strict=False):
+        points = read(folder / curve_file(task))
         by_seed = [
             np.array(
                 [(float(x["step"]), float(x["return"])) for x in points if x["seed"] == seed]
             ).T
             for seed in seeds
         ]
+        by_seed = [x for x in by_seed if x.size > 0]  # the others have ended no episode
+        axis.set_title(task, fontsize=10)
+        if not by_seed:
+            continue
         steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
         returns = np.array([np.interp(steps, *x) for x in by_seed])
         mean, std = returns.mean(0), returns.std(0)
         axis.plot(steps, mean, label=f"ppo.py, {len(seeds)} seeds")
         axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
-        for colour, source in zip(("C1", "C2", "C3", "C4"), SOURCES, strict=True):
-            if published := PUBLISHED[env_id].get(source):
-                axis.axhline(
-                    float(published.split()[0]),
-                    color=colour,
-                    ls="--",
-                    lw=1,
-                    label=source + EVALUATED.get(source, ""),
-                )
-        axis.set_title(env_id, fontsize=10)
+        styles = {TRAINING: "--", TUNED: "-.", BEST: ":"}
+        for i, (source, published) in enumerate(PUBLISHED[task].items()):
+            axis.axhline(
+                float(published.split()[0]),
+                color=f"C{i + 1}",
+                ls=styles[KINDS[source]],
+                lw=1,
+                label=f"{source}, {KINDS[source].partition(',')[0]}",
+            )
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=6, loc="best")
+        axis.legend(fontsize=5, loc="best")
     figure.supxlabel("environment steps", fontsize=9)
     figure.supylabel("episodic return in training", fontsize=9)
     figure.tight_layout()
@@ -296,10 +381,10 @@ def main():
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=FLAGS,
-        default=list(FLAGS),
-        metavar="ENV_ID",
-        help="of the nine (all)",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help="of these, by name (all): " + "; ".join(TASKS),
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(1 to 5)")
     parser.add_argument(
@@ -311,23 +396,25 @@ def main():
         parser.error(
             "with --flags comes a --folder of its own, as runs/benchmark is what was published"
         )
-    FLAGS.update({env_id: f"{flags} {args.flags}" for env_id, flags in FLAGS.items()})
+    TASKS.update({x: (env_id, f"{flags} {args.flags}") for x, (env_id, flags) in TASKS.items()})
     args.folder.mkdir(parents=True, exist_ok=True)
-    finished = {(e, int(x["seed"])) for e, runs in current(args.folder).items() for x in runs}
-    wanted = dict.fromkeys((e, seed) for seed in args.seeds for e in args.only)
-    missing = [run for run in wanted if run not in finished]
+    finished = {
+        (x["task"], int(x["seed"])) for x in itertools.chain(*current(args.folder).values())
+    }
+    wanted = dict.fromkeys((task, seed) for task in args.only for seed in args.seeds)
+    missing = [one for one in wanted if one not in finished]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lock = Lock()
 
-    def job(run):
-        row, points = train(*run)
+    def job(one):
+        row, points = train(*one)
         with lock:
             keep(args.folder, row, points)
-            print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:7]), flush=True)
+            print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:8]), flush=True)
 
     pool = ThreadPoolExecutor(args.processes)
     try:
-        for future in as_completed([pool.submit(job, run) for run in missing]):
+        for future in as_completed([pool.submit(job, one) for one in missing]):
             future.result()
     except KeyboardInterrupt:  # which, when it is Ctrl-C, the runs under way have received too
         print(
