@@ -300,6 +300,14 @@ def test_masks_are_those_of_the_observations(fork):
             assert batch.mask.gather(1, batch.action[:, None]).all()
 
 
+def test_masks_of_several_choices(fork):
+    """A row for each choice, as long as the longest one."""
+    agent = small_agent(fork("action-mask"), spaces.Box(-9, 9, (3,)), spaces.MultiDiscrete([2, 3]))
+    mask = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool().flatten().repeat(500, 1)
+    action = agent.act(torch.randn(500, 3), mask, generator=torch.Generator().manual_seed(0))
+    assert action.unique(dim=0).tolist() == [[0, 1], [0, 2]]
+
+
 # --- rnd ------------------------------------------------------------------------------------------
 CHAIN = ("--env-id", "tasks:Chain-v0", "--num-envs", "8", "--total-timesteps", "100_000")
 
