@@ -153,7 +153,7 @@ def test_ratios_are_1_as_long_as_nothing_is_learnt(name, env_id, fork):
 
 # --- recurrent ------------------------------------------------------------------------------------
 CUE = ("--env-id", "tasks:Cue-v0", "--num-envs", "8", "--num-steps", "64")
-CUE = (*CUE, "--total-timesteps", "40_000")
+CUE = (*CUE, "--total-timesteps", "30_000")
 
 
 def test_memory_solves_what_needs_one(fork):
@@ -413,7 +413,7 @@ def test_novelty_of_images(fork):
 
 # --- muon -----------------------------------------------------------------------------------------
 def test_muon(fork):
-    flags = ("--total-timesteps", "60_000", "--learning-rate", "1e-3", "--run-name", "muon")
+    flags = ("--total-timesteps", "40_000", "--learning-rate", "1e-3", "--run-name", "muon")
     assert trained(fork("muon"), *flags).eval_returns.mean() > 450
     _, muon = torch.load("runs/muon/checkpoint.pt")["optimizers"]
     shapes = [state["momentum_buffer"].shape for state in muon["state"].values()]
@@ -434,7 +434,6 @@ def test_muon_where_there_is_no_hidden_matrix(fork):
 
 # --- gsde -----------------------------------------------------------------------------------------
 PENDULUM = ("--env-id", "Pendulum-v1", "--gamma", "0.9", "--learning-rate", "1e-3")
-PENDULUM = (*PENDULUM, "--total-timesteps", "60_000")
 BOX = spaces.Box(np.float32([-1, -3]), np.float32([1, 5]))
 
 
@@ -527,7 +526,7 @@ def test_gsde_keeps_its_noise_in_an_evaluation(fork):
 
 
 def test_gsde_learns(fork):
-    agent = trained(fork("gsde"), *PENDULUM, "--log-std-init", "0")
+    agent = trained(fork("gsde"), *PENDULUM, "--total-timesteps", "60_000", "--log-std-init", "0")
     assert agent.eval_returns.mean() > -400  # -1,200 at first
 
 
@@ -583,7 +582,8 @@ def test_squashed_needs_bounds(fork):
 
 
 def test_squashed_learns(fork):
-    assert trained(fork("squashed"), *PENDULUM).eval_returns.mean() > -400
+    agent = trained(fork("squashed"), *PENDULUM, "--total-timesteps", "40_000")
+    assert agent.eval_returns.mean() > -400
 
 
 # --- spo ------------------------------------------------------------------------------------------
@@ -604,7 +604,7 @@ def test_spo_is_best_at_epsilon(advantage, best, fork):
 
 
 def test_spo_learns(fork):
-    assert trained(fork("spo"), "--total-timesteps", "60_000").eval_returns.mean() > 450
+    assert trained(fork("spo"), "--total-timesteps", "40_000").eval_returns.mean() > 450
 
 
 # --- wandb ----------------------------------------------------------------------------------------
