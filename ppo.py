@@ -1327,8 +1327,9 @@ def drop_infos(envs: VectorEnv) -> None:
     add_info = envs.unwrapped._add_info
 
     def add_kept(vector_infos: dict, env_info: dict, env_num: int) -> dict:
-        kept = {name: env_info[name] for name in KEPT_INFOS}
-        return add_info(vector_infos, kept, env_num)
+        for name in KEPT_INFOS:
+            vector_infos = add_info(vector_infos, {name: env_info[name]}, env_num)
+        return vector_infos
 
     envs.unwrapped._add_info = add_kept
 

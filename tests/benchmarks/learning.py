@@ -143,8 +143,12 @@ PUBLISHED = {  # with the steps, where these are not those of the task
     },
     "Humanoid": {"Tianshou": "787", "XuanCe": "705"},
     "Swimmer": {"SLM-Lab": "282.4 (4M)"},
-    "Reacher": {"SLM-Lab": "-5.0"},
-    "InvertedDoublePendulum": {"SLM-Lab": "8384", "Sample Factory": "9350 (10M)"},
+    "Reacher": {"Tianshou": "-4.1 ± 0.3", "SLM-Lab": "-5.0"},
+    "InvertedDoublePendulum": {
+        "Tianshou": "9231.3 ± 270.4",
+        "SLM-Lab": "8384",
+        "Sample Factory": "9350 (10M)",
+    },
     "HalfCheetah, 3M": {
         "Tianshou": "7337",
         "SLM-Lab": "6241 (10M)",
