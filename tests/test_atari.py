@@ -177,7 +177,7 @@ def test_the_flags_of_a_game(command):
         with ppo.closing_envs(ppo.make_envs(args)) as envs:
             assert envs.single_observation_space.shape == (4, 84, 84)
     small = ppo.preset(BREAKOUT, {"img_height": 30})  # too small for the network for images
-    assert small["preset"] == "none"
+    assert small["preset"] == "discrete"
     for mode in ("sync", "async"):
         result = command("--env-id", BREAKOUT, "--vectorization-mode", mode)
         assert result.returncode == 2

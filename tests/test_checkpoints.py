@@ -730,8 +730,8 @@ def test_training_longer(copy, command):
     assert (checkpoint["iteration"], checkpoint["args"]["total_timesteps"]) == (24, 768)
     assert checkpoint["args"]["checkpoint_interval"] == 2
     rates = curves()["charts/learning_rate"]
-    expected = [2.5e-4 * (1 - i / 12) for i in range(12)]
-    expected += [2.5e-4 * (1 - i / 24) for i in range(12, 24)]
+    expected = [5e-4 * (1 - i / 12) for i in range(12)]
+    expected += [5e-4 * (1 - i / 24) for i in range(12, 24)]
     assert [step for step, _ in rates] == list(range(32, 769, 32))
     assert [rate for _, rate in rates] == pytest.approx(expected)
     assert command("--resume=runs/a").stdout.startswith("runs/a is complete")

@@ -321,8 +321,7 @@ def test_a_constructor_that_fails(error, main_raises):
 
 # Help.
 HELP = {
-    "alone": (["--help"], ""),
-    "short": (["-h"], ""),
+    "short": (["-h", "--preset=none"], ""),
     "unknown environment": (["--env-id=CartPoll-v1", "--help"], "CartPoll"),
     "missing module": (["--help", "--env-id=no_such_module:Env-v0"], "No module named"),
     "refused value": (["--help", *BAD_INPUT["refused value"][0]], "size -7 is too small"),
@@ -340,7 +339,7 @@ def words(text):
 @pytest.mark.parametrize("name", HELP)
 def test_help_is_always_printed(name, main):
     """Where the environment or the run cannot be had, a sentence above the help says so."""
-    _, alone, _ = main("--help")
+    _, alone, _ = main("--help", "--preset=none")
     flags, reason = HELP[name]
     code, stdout, stderr = main(*flags)
     assert (code, stderr) == (0, "")
@@ -383,12 +382,12 @@ def test_a_run(tmp_path):
     (name,) = os.listdir(tmp_path / "runs")
     assert re.fullmatch(r"probes-Match-v0__a-b--c__1__\d+", name)
     header = result.stdout.splitlines()
-    assert header[0] == f"run: runs/{name}, from step 0, preset none"
-    assert header[1] == "environments: 4 x probes:Match-v0, sync"
+    assert header[0] == f"run: runs/{name}, from step 0, preset discrete"
+    assert header[1] == "environments: 8 x probes:Match-v0, sync"
     assert header[5] == "first rollout, of 512 steps ..."
     assert header[2] == "spaces: (1,) -> Discrete(2)"
     assert re.fullmatch(r"agent: [\d,]+ parameters on cpu, processes: 1", header[3])
-    assert header[4] == "update: 4 epochs of 4 minibatches of 128 rows"
+    assert header[4] == "update: 10 epochs of 4 minibatches of 128 rows"
     assert re.match(r"2,048 steps \(100%\), 0:00:00 left, [\d,]+ steps/s, return .*", header[9])
     *_, end, way, evaluation = result.stdout.splitlines()
     assert end.startswith("end: 2,048 steps (100%)")
@@ -566,7 +565,7 @@ def test_async_workers_that_fail_do_not_hang_the_run(flags, tmp_path):
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_an_exception_of_the_environment_keeps_its_traceback(mode, tmp_path):
     flags = env_flags("probes:Faulty-v0", mode=mode, fault="exception")
-    result = run(tmp_path, *flags, "--num-steps", "16", "--run-name", "a")
+    result = run(tmp_path, *flags, "--num-steps=16", "--num-envs=4", "--run-name=a")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "RuntimeError: the motor is on fire" in result.stderr

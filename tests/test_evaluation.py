@@ -83,7 +83,7 @@ def test_after_training_and_later_are_the_same(tmp_path, command):
 
 def test_a_run_without_evaluation_can_be_evaluated(command):
     """By the command that its end shows."""
-    flags = ["--total-timesteps=64", "--num-steps=16", "--run-name=a", "--eval-episodes=0"]
+    flags = ["--total-timesteps=64", "--num-steps=8", "--run-name=a", "--eval-episodes=0"]
     last = command(*flags).stdout.splitlines()[-1]
     assert last == f"evaluate from step 64: python {sys.argv[0]} --evaluate runs/a"
     assert command(*last.split()[-2:]).stdout.endswith("(10 episodes, greedy)\n")

@@ -692,7 +692,14 @@ def test_a_killed_run_resumes(name, fork_folder, tmp_path):
     (folder / "tests").mkdir(exist_ok=True)
     shutil.copy(TESTS / "driver.py", folder / "tests")  # it runs the ppo.py in the folder above
     driver = folder / "tests" / "driver.py"
-    flags = ["--exact-resume", "--checkpoint-interval", "2", "--total-timesteps", "4096"]
+    flags = [
+        "--preset=none",
+        "--exact-resume",
+        "--checkpoint-interval",
+        "2",
+        "--total-timesteps",
+        "4096",
+    ]
     flags += ["--eval-episodes", "0", "--run-name"]
     unbroken = run_in(tmp_path, driver, "never", *flags, "unbroken")
     assert unbroken.returncode == 0, unbroken.stderr

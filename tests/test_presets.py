@@ -26,6 +26,14 @@ CONTINUOUS = {
     "recompute_advantages": True,
     "target_kl": 0.05,
 }
+DISCRETE = {
+    "num_envs": 8,
+    "num_steps": 64,
+    "gamma": 0.995,
+    "gae_lambda": 0.98,
+    "learning_rate": 5e-4,
+    "update_epochs": 10,
+}
 TINY = ["--run-name=a", "--total-timesteps=128", "--num-envs=2", "--num-minibatches=4"]
 TINY += ["--eval-episodes=0"]
 
@@ -51,12 +59,12 @@ def command_line(monkeypatch, capsys):
 # Python.
 def test_preset_goes_by_the_actions():
     box = spaces.Box(-1, 1, (2,))
-    choice = spaces.MultiDiscrete([2, 3])
     continuous = {"preset": "continuous", **CONTINUOUS}
+    discrete = {"preset": "discrete", **DISCRETE}
     assert ppo.preset("Pendulum-v1") == continuous
     assert ppo.preset("probes:Spaces-v0", {"action_space": box}) == continuous
-    assert ppo.preset("CartPole-v1") == {"preset": "none"}
-    assert ppo.preset("probes:Spaces-v0", {"action_space": choice}) == {"preset": "none"}
+    for space in (spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)):
+        assert ppo.preset("probes:Spaces-v0", {"action_space": space}) == discrete
     assert ppo.preset("Pendulum-v1", name="none") == {"preset": "none"}
     assert ppo.preset("CartPole-v1", name="continuous") == continuous
     with pytest.raises(ppo.InputError, match="No-such-env"):
@@ -79,14 +87,18 @@ def test_preset_closes_the_environment_that_it_looks_at():
 
 
 def test_preset_of_what_has_only_a_vector_version():
-    assert ppo.preset("probes:Native-v0", mode="vector_entry_point") == {"preset": "none"}
+    only = ppo.preset("probes:Native-v0", mode="vector_entry_point")
+    assert only == {"preset": "discrete", **DISCRETE}
 
 
-def test_preset_makes_valid_arguments():
-    args = ppo.Args(env_id="Pendulum-v1", **ppo.preset("Pendulum-v1"))
+@pytest.mark.parametrize(
+    ("env_id", "numbers"), [("Pendulum-v1", CONTINUOUS), ("Acrobot-v1", DISCRETE)]
+)
+def test_preset_makes_valid_arguments(env_id, numbers):
+    args = ppo.Args(env_id=env_id, **ppo.preset(env_id))
     ppo.check(args)
     changed = {name for name, x in vars(args).items() if x != getattr(ppo.Args(), name)}
-    assert changed == {"env_id", "preset", *CONTINUOUS}, "it sets nothing that was so anyway"
+    assert changed == {"env_id", "preset", *numbers}, "it sets nothing that was so anyway"
 
 
 def test_what_a_preset_gives_may_be_changed():
@@ -103,7 +115,8 @@ def test_help_shows_the_defaults_of_the_preset(monkeypatch, capsys):
             ppo.parse_args(["--help", *more])
         return re.search(rf"{flag} .*?\(default: (\S+)\)", words(capsys.readouterr().out))[1]
 
-    assert default("--num-envs INT") == "4"
+    assert default("--num-envs INT") == "8"
+    assert default("--num-envs INT", "--preset", "none") == "4"
     assert default("--num-envs INT", "--env-id", "Pendulum-v1") == "64"
     assert default("--num-envs INT", "--env-id", "Pendulum-v1", "--preset", "none") == "4"
     assert default("--num-envs INT", "--preset", "continuous") == "64"
@@ -132,14 +145,16 @@ def test_flags_win_over_the_preset(command_line):
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--env-id=CartPole-v1"], "none"),
+        (["--env-id=CartPole-v1"], "discrete"),
         (["--env-id=Pendulum-v1", "--preset=none"], "none"),
+        (["--env-id=CartPole-v1", "--preset=none"], "none"),
         (["--env-id=CartPole-v1", "--preset=continuous"], "continuous"),
         (["--env-id=Pendulum-v1", "--preset=auto"], "continuous"),
-        (["--preset", "auto", "--env-id", "CartPole-v1"], "none"),
+        (["--preset", "auto", "--env-id", "CartPole-v1"], "discrete"),
         (['--env-kwargs={"real": true}', "--env-id=Spaces-v0"], "continuous"),
+        (["--env-id=Spaces-v0"], "discrete"),
         (["--env-id=Pendulum-v1", "--vectorization-mode=async"], "continuous"),
-        (["--env-id=Native-v0", "--vectorization-mode=vector_entry_point"], "none"),
+        (["--env-id=Native-v0", "--vectorization-mode=vector_entry_point"], "discrete"),
     ],
 )
 def test_the_command_line_and_parse_args_choose_the_same_preset(flags, name, command_line):
@@ -148,8 +163,8 @@ def test_the_command_line_and_parse_args_choose_the_same_preset(flags, name, com
     assert output.splitlines()[0] == f"run: runs/a, from step 0, preset {name}"
     args = saved()
     assert args["preset"] == name
-    expected = CONTINUOUS if name == "continuous" else vars(ppo.Args())
-    for field in ("num_steps", "update_epochs", "learning_rate", "recompute_advantages", "vf_coef"):
+    expected = vars(ppo.Args()) | {"none": {}, "discrete": DISCRETE, "continuous": CONTINUOUS}[name]
+    for field in ("num_steps", "update_epochs", "learning_rate", "gamma", "vf_coef"):
         assert args[field] == expected[field], field
     assert ppo.parse_args([*TINY, *flags]) == ppo.load("runs/a")["args"]
 
@@ -178,8 +193,11 @@ def test_the_program_itself_has_the_arguments_of_parse_args(tmp_path):
 def test_parse_args_takes_a_list(monkeypatch):
     """It has nothing to do with the command line of the process, unless none is given."""
     monkeypatch.setattr(sys, "argv", ["program", "--env-id", "Pendulum-v1"])
-    assert ppo.parse_args([]) == ppo.Args()
-    assert ppo.parse_args(["--env-id", "CartPole-v1", "--seed", "3"]) == ppo.Args(seed=3)
+    discrete = ppo.preset("CartPole-v1")
+    assert ppo.parse_args([]) == ppo.Args(**discrete)
+    three = ppo.Args(seed=3, **discrete)
+    assert ppo.parse_args(["--env-id", "CartPole-v1", "--seed", "3"]) == three
+    assert ppo.parse_args(["--preset", "none"]) == ppo.Args()
     continuous = ppo.Args(env_id="Pendulum-v1", **ppo.preset("Pendulum-v1"))
     assert ppo.parse_args() == continuous
     assert ppo.parse_args(["--env-id=Pendulum-v1"]) == continuous

@@ -64,7 +64,7 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "CartPole-v1": Workload("CartPole-v1", 64, 128, 20),
+    "CartPole-v1": Workload("CartPole-v1", 64, 128, 20, ("--preset", "none")),
     "HalfCheetah-v5": Workload("HalfCheetah-v5", 64, 32, 10),  # with its preset
     "MadeUp-v0": Workload(  # 1 ms a step
         "made_up:MadeUp-v0", 8, 128, 5, ("--env-kwargs", '{"work": 1.0}', "--preset", "none")
