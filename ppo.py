@@ -209,6 +209,7 @@ PRESETS = {
         "total_timesteps": 1_000_000,
         "num_envs": 64,
         "num_steps": 32,
+        "gae_lambda": 0.9,
         "learning_rate": 3e-4,
         "num_minibatches": 32,
         "update_epochs": 10,
