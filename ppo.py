@@ -931,7 +931,9 @@ def connect(args: Args) -> None:
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # Optimizers import this, and imported later it would keep the group from being destroyed.
         import_module("torch._dynamo")
-        distributed.init_process_group()  # gloo for tensors on the CPU, nccl for those on CUDA
+        # By default there would be nccl alone where there is a GPU, also for tensors on the CPU.
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backends)
         atexit.register(distributed.destroy_process_group)
     flags = str(replace(args, env_kwargs={}))  # without objects, of which each has its own
     if len(set(all_gather(np.array([flags])))) > 1:
@@ -1418,8 +1420,10 @@ def set_up(args: Args, observation_space: spaces.Space) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:  # the latter is that of a torch without CUDA
-        reason = f"--device must be auto or a device at hand, not {args.device!r}."
-        raise InputError(reason) from error
+        reason = f"There is no device {name} here; choose another --device"
+        if WORLD_SIZE > 1:
+            reason += ", or no more processes than there are GPUs"
+        raise InputError(f"{reason}.") from error
     device = torch.device(name)
     if device.type == "cpu" and not convolutions and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these

@@ -37,7 +37,8 @@ class Learner:
     def __init__(self, envs, args: ppo.Args, agent_class: type[ppo.Agent]):
         self.envs = envs
         self.args = args
-        self.generator = torch.Generator(ppo.set_up(args, envs.single_observation_space))
+        on_cpu = replace(args, device="cpu")  # as the tensors are that tests compare with
+        self.generator = torch.Generator(ppo.set_up(on_cpu, envs.single_observation_space))
         torch.manual_seed(args.seed)
         self.agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         self.optimizers = [torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate)]

@@ -70,6 +70,12 @@ def recording_train(args, _agent_class, checkpoint):
     return agent
 
 
+def connect_by_gloo(_backends, connect=torch.distributed.init_process_group):
+    connect("cpu:gloo,cuda:gloo")
+
+
+if "--device=cuda:0" in sys.argv:  # which nccl does not let processes share
+    torch.distributed.init_process_group = connect_by_gloo
 ppo.make_envs, ppo.ppo_loss, ppo.train = recording_make_envs, recording_loss, recording_train
 ppo.RunningStats.update = recording_update
 torch.optim.Adam.step = recording_step

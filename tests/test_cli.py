@@ -119,9 +119,9 @@ BAD_INPUT = {
         env_flags("Acrobot-v1", mode="vector_entry_point"),
         ["vector entry point"],
     ),
-    "unknown device": (["--device=abacus"], ["--device must be", "'abacus'"]),
-    "absent device": (["--device=cuda:77"], ["--device must be", "'cuda:77'"]),
-    "device without data": (["--device=meta"], ["--device must be", "'meta'"]),
+    "unknown device": (["--device=abacus"], ["no device abacus", "--device"]),
+    "absent device": (["--device=cuda:77"], ["no device cuda:77", "--device"]),
+    "device without data": (["--device=meta"], ["no device meta", "--device"]),
     "existing run": (["--run-name=taken"], ["taken", "--run-name"]),
     "too few rows": (
         ["--num-envs=1", "--num-steps=15", "--num-minibatches=4"],

@@ -6,7 +6,9 @@ import numpy as np
 import pieces
 import pytest
 import torch
+from test_checkpoints import TESTS, differing
 from test_images import SMALL as IMAGES  # registers Square-v0
+from test_torchrun import FLAGS, seen, torchrun
 
 import ppo
 
@@ -76,3 +78,18 @@ def test_loss_and_gradient_are_those_of_the_cpu(device, work, monkeypatch):
         torch.testing.assert_close(x.cpu(), expected[name], rtol=1e-3, atol=1e-5)
     for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad.cpu(), gradient, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda:0", 1), ("cuda", 2)])
+def test_two_processes(device, gpus, tmp_path):
+    """They share a GPU, or have one each, and end with the same agent, as they do on the CPU."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"there are fewer than {gpus} GPUs")
+    flags = [*FLAGS, "--total-timesteps=384", f"--device={device}"]
+    result = torchrun(tmp_path, TESTS / "ranks.py", tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "on cuda:0, processes: 2" in result.stdout
+    first, second = seen(tmp_path)
+    assert len(first["gradient"]) == 2 * 3 * 2
+    for name in ("agent", "optimizer"):
+        assert differing(first[name], second[name]) == []

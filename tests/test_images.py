@@ -231,7 +231,7 @@ def test_a_run_is_resumed_evaluated_and_filmed(command):
     with pytest.raises(EnoughError):
         ppo.train(args, agent_class=failing_after(3 * 16))
     assert ppo.load("runs/a")["iteration"] == 2
-    agent = ppo.train(dataclasses.replace(args, resume="runs/a"))
+    agent = ppo.train(dataclasses.replace(args, resume="runs/a")).cpu()
     a, b = (ppo.load(f"runs/{name}")["agent"] for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     loaded = ppo.load_agent("runs/a")

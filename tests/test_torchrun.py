@@ -64,7 +64,8 @@ def torchrun(folder, *command):
 
 
 def seen(folder):
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    paths = [folder / f"rank{rank}.pt" for rank in (0, 1)]
+    return [torch.load(path, map_location="cpu", weights_only=False) for path in paths]
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +375,39 @@ def test_each_process_on_a_machine_has_a_gpu(monkeypatch):
     space = ppo.spaces.Box(-1, 1, (3,))
     assert str(ppo.set_up(ppo.Args(device="cuda"), space)) == "cuda:1"
     assert str(ppo.set_up(ppo.Args(device="cuda:0"), space)) == "cuda:0"
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Also where the device was found by auto, it is said what was not found, and what to do."""
+
+    def no_second_gpu(*size, device=None):
+        assert device == "cuda:1"
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", no_second_gpu)
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ppo, "LOCAL_RANK", 1)
+    image = ppo.spaces.Box(0, 255, (3, 96, 96), np.uint8)
+    with pytest.raises(ppo.InputError, match=r"no device cuda:1 here.*processes than there are"):
+        ppo.set_up(ppo.Args(), image)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "backends"), [(True, {"cpu": "gloo", "cuda": "nccl"}), (False, {"cpu": "gloo"})]
+)
+def test_tensors_on_the_cpu_are_never_summed_by_nccl(gpu, backends, monkeypatch):
+    """Which a process would by default where there is a GPU, and fail."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ppo, "all_gather", lambda x: x)
+    monkeypatch.setattr(ppo.atexit, "register", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    ppo.connect(ppo.Args())
+    (backend,) = asked
+    chosen = torch.distributed.distributed_c10d.BackendConfig(backend).get_device_backend_map()
+    assert backends.items() <= chosen.items()
 
 
 def test_one_process_connects_to_nobody(monkeypatch):

@@ -302,7 +302,9 @@ class Tee:
 
 
 @pytest.mark.parametrize(
-    "stdout", [Tee(), Tee(isatty=lambda: True), Tee(isatty=lambda: False), None], ids=str
+    "stdout",
+    [Tee(), Tee(isatty=lambda: True), Tee(isatty=lambda: False), None],
+    ids=["tee", "terminal", "no terminal", "none"],
 )
 def test_any_stdout_will_do(stdout, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ppo.py", *flags_of("Odd")])
