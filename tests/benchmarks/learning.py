@@ -47,6 +47,8 @@ import ppo  # noqa: E402
 SHORT = "--total-timesteps 100_000"
 MILLION = "--total-timesteps 1_000_000"
 LONG = "--total-timesteps 3_000_000"
+PENDULUM = f"{SHORT} --num-envs 16 --num-steps 64 --num-minibatches 16 --log-std-init 0"
+PENDULUM += " --gamma 0.9 --learning-rate 1e-3"
 CONTINUOUS = """--env-kwargs '{"continuous": true}' --gamma 0.995 --gae-lambda 0.98"""
 # By name: the environment, and the flags beside the seed. Where there are none, it is the preset.
 TASKS = {
@@ -54,9 +56,9 @@ TASKS = {
     "CartPole, 100k": ("CartPole-v1", SHORT),
     "Acrobot": ("Acrobot-v1", ""),
     "MountainCar": ("MountainCar-v0", ""),
-    "MountainCarContinuous, 100k": ("MountainCarContinuous-v0", SHORT),
+    "MountainCarContinuous, 100k": ("MountainCarContinuous-v0", f"{SHORT} --log-std-init 0"),
     "Pendulum": ("Pendulum-v1", ""),
-    "Pendulum, 100k": ("Pendulum-v1", f"{SHORT} --gamma 0.9 --learning-rate 1e-3"),
+    "Pendulum, 100k": ("Pendulum-v1", PENDULUM),
     "LunarLander": ("LunarLander-v3", MILLION),
     "LunarLander, continuous": ("LunarLander-v3", CONTINUOUS),
     "BipedalWalker, 5M": ("BipedalWalker-v3", "--total-timesteps 5_000_000"),
