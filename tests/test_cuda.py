@@ -19,12 +19,19 @@ WORK = {
     "images": {"env_id": "Square-v0", **IMAGES, "run_name": "a"},
 }
 without_gpu = not torch.cuda.is_available()
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(without_gpu, reason="there is no GPU"))
+needs_gpu = pytest.mark.skipif(without_gpu, reason="there is no GPU")
+CUDA = pytest.param("cuda", marks=needs_gpu)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("work", WORK)
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    ("device", "compiled"),
+    [  # what is compiled for the CPU has tests of its own
+        ("cpu", False),
+        pytest.param("cuda", False, marks=needs_gpu),
+        pytest.param("cuda", True, marks=needs_gpu),
+    ],
+)
 def test_a_run_on_a_device(device, work, compiled, monkeypatch):
     """It is trained there, stays finite, is resumed there, and its agent acts on the CPU."""
     collect = ppo.collect
