@@ -49,6 +49,7 @@ MILLION = "--total-timesteps 1_000_000"
 LONG = "--total-timesteps 3_000_000"
 PENDULUM = f"{SHORT} --num-envs 16 --num-steps 64 --num-minibatches 16 --log-std-init 0"
 PENDULUM += " --gamma 0.9 --learning-rate 1e-3"
+SWIMMER = "--num-envs 8 --num-steps 256 --log-std-init 0 --gamma 0.9999 --gae-lambda 0.98"
 CONTINUOUS = """--env-kwargs '{"continuous": true}' --gamma 0.995 --gae-lambda 0.98"""
 # By name: the environment, and the flags beside the seed. Where there are none, it is the preset.
 TASKS = {
@@ -67,7 +68,7 @@ TASKS = {
     "Walker2d": ("Walker2d-v5", ""),
     "Ant": ("Ant-v5", ""),
     "Humanoid": ("Humanoid-v5", ""),
-    "Swimmer": ("Swimmer-v5", "--gamma 0.9999"),
+    "Swimmer": ("Swimmer-v5", SWIMMER),
     "Reacher": ("Reacher-v5", ""),
     "InvertedDoublePendulum": ("InvertedDoublePendulum-v5", ""),
     "HalfCheetah, 3M": ("HalfCheetah-v5", LONG),
