@@ -70,7 +70,7 @@ TASKS = {
     "Humanoid": ("Humanoid-v5", ""),
     "Swimmer": ("Swimmer-v5", SWIMMER),
     "Reacher": ("Reacher-v5", ""),
-    "InvertedDoublePendulum": ("InvertedDoublePendulum-v5", ""),
+    "InvertedDoublePendulum": ("InvertedDoublePendulum-v5", "--num-minibatches 4"),
     "HalfCheetah, 3M": ("HalfCheetah-v5", LONG),
     "Hopper, 3M": ("Hopper-v5", LONG),
     "Walker2d, 3M": ("Walker2d-v5", LONG),
