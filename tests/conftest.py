@@ -17,6 +17,8 @@ import probes  # noqa: F401 (registers the environments)
 def pytest_configure(config):
     marker = "upstream: true of this ppo.py alone; a fork leaves it out with -m 'not upstream'"
     config.addinivalue_line("markers", marker)
+    # The processes of pytest-xdist have no main program, whose name ends what ppo.py prints.
+    vars(sys.modules["__main__"]).setdefault("__file__", pytest.__file__)
 
 
 @pytest.fixture(autouse=True)

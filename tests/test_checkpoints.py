@@ -58,7 +58,7 @@ def drive(folder, where, *flags):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -965,12 +965,12 @@ def test_signals(mode, number, code, target, tmp_path):
     flags = ["--run-name=a", "--vectorization-mode", mode, "--total-timesteps=1_000_000"]
     process = start(tmp_path, *flags, "--checkpoint-interval=5")
     path = tmp_path / "runs" / "a" / "checkpoint.pt"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (path.exists() and torch.load(path)["iteration"] >= 5):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (os.kill if target == "process" else os.killpg)(process.pid, number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code
     assert err == ""
     step = torch.load(path)["global_step"]
@@ -1032,7 +1032,7 @@ def test_a_signal_while_a_worker_starts(tmp_path):
     kwargs = json.dumps({"number": signal.SIGINT, "where": "reset", "worker": True})
     flags = ["--env-id=stopping:Stopping-v0", "--env-kwargs", kwargs, "--preset=none"]
     process = start(tmp_path, *flags, "--vectorization-mode=async", "--num-envs=1")
-    out, err = process.communicate(timeout=60)  # returns when nobody holds the pipes any more
+    out, err = process.communicate(timeout=300)  # returns when nobody holds the pipes any more
     assert (process.returncode, out, err) == (130, "", "")
     wait_for_the_end_of(process)
     assert os.listdir(tmp_path) == []
@@ -1047,7 +1047,7 @@ def test_workers_may_close_their_environments(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    _, err = process.communicate(timeout=30)  # returns when nobody holds the pipes any more
+    _, err = process.communicate(timeout=300)  # returns when nobody holds the pipes any more
     assert (process.returncode, err) == (143, "")
     wait_for_the_end_of(process)
 

@@ -34,7 +34,7 @@ def run(folder, *flags, path="", program=PPO, **kwargs):
     env = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{path}", "COLUMNS": "100"}
     command = [sys.executable, str(program), *flags]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **kwargs
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, **kwargs
     )
 
 

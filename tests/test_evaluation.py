@@ -387,7 +387,7 @@ def test_an_interrupt_does_not_wait_for_the_film(tmp_path):
         time.sleep(0.02)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "eval:" not in out
     assert "Traceback" not in err
@@ -471,6 +471,6 @@ def test_the_example_of_an_agent_of_ones_own(tmp_path):
     environment = {**os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", load]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.stdout == f"<class 'fork.{name}'>\n", result.stderr

@@ -22,7 +22,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HERE = ("--standalone", "--nproc-per-node=2")
 FLAGS = ["--run-name=a", "--num-envs=6", "--num-steps=32", "--num-minibatches=3"]
 FLAGS += ["--update-epochs=2", "--eval-episodes=0"]
-LIMIT = 100  # seconds, of which a run takes ten; torchrun alone waits for 30 after a failure
+LIMIT = 300  # seconds, of which a run takes ten where nothing else is done
+KILLED = "forcefully exiting"  # torchrun's word for what has not ended 30 seconds after a failure
 OURS = f'File "{PPO}"'  # a line of a traceback; torchrun shows one of its own
 
 
@@ -257,9 +258,8 @@ def test_the_death_of_one_process_ends_both(tmp_path):
     process = training(tmp_path, "--checkpoint-interval=5")
     first, second = workers(process)
     os.kill(second, signal.SIGKILL)
-    began = time.monotonic()
     _, err = finish(process)
-    assert time.monotonic() - began < 25, "torchrun kills after 30 seconds what does not end"
+    assert KILLED not in err
     assert process.returncode == 1
     assert "Signal 9" in err
     assert not any(os.path.exists(f"/proc/{pid}") for pid in (first, second))
@@ -286,9 +286,8 @@ def test_a_signal_saves_the_last_iteration(tmp_path):
 )
 def test_a_failure_of_one_process_is_seen_and_ends_both(env_id, message, tmp_path):
     flags = [*FLAGS, "--total-timesteps=100_000", f"--env-id={env_id}", "--preset=none"]
-    began = time.monotonic()
     result = torchrun(tmp_path, PPO, *flags)
-    assert time.monotonic() - began < LIMIT / 2
+    assert KILLED not in result.stderr
     assert result.returncode == 1
     assert re.search(message, result.stderr), result.stderr
     assert saved(tmp_path / "runs/a")["iteration"] == 0

@@ -316,7 +316,7 @@ def test_any_stdout_will_do(stdout, monkeypatch):
 def test_a_name_that_the_console_cannot_print(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(TESTS), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(PPO), *flags_of("Odd"), "--run-name=größe"]
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert b"run: runs/gr??e, from step 0" in result.stdout
     assert (tmp_path / "runs" / "größe" / "checkpoint.pt").exists()
@@ -393,7 +393,7 @@ def test_a_notebook_is_told_no_command(tmp_path):
     code = f"import sys; sys.path[:0] = [{str(PPO.parent)!r}, {str(TESTS)!r}]\n"
     code += f"import ppo, troubles; ppo.train(ppo.Args(env_id='Odd-v0', **{SMALL}))"
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "evaluate from step 96: runs/a\n" in result.stdout
 
@@ -412,7 +412,7 @@ def test_sighup_saves_and_nohup_goes_on(tmp_path):
             if "steps/s" in line:
                 break
         process.send_signal(signal.SIGHUP)
-        rest = process.communicate(timeout=60)[0]
+        rest = process.communicate(timeout=300)[0]
         if ignored:
             assert process.returncode == 0
             assert "eval: mean" in rest
@@ -598,7 +598,7 @@ def test_an_agent_is_loaded_without_its_simulator(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(PPO.parent)!r})\n"
     code += "import ppo; print(ppo.load_agent('runs/a').action_space)"
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.stdout == "Discrete(2)\n", result.stderr
     assert "troubles" not in code
 
