@@ -29,10 +29,11 @@ OURS = f'File "{PPO}"'  # a line of a traceback; torchrun shows one of its own
 
 def start(folder, *command, launch=HERE):
     """Start torchrun with a command."""
+    path = [str(TESTS), str(PPO.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [*TORCHRUN, *launch, *map(str, command)],
         cwd=folder,
-        env={**ENVIRONMENT, "PYTHONPATH": f"{TESTS}:{PPO.parent}", "OMP_NUM_THREADS": "1"},
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
