@@ -322,7 +322,9 @@ def table(folder):
             for name in ("training_return", "evaluation_return", "best_return", "seconds", "steps")
         )
         cells = [task, f"{steps[0]:,.0f}", ", ".join(x["seed"] for x in runs)]
-        cells += [f"{x.mean():.1f} ± {x.std():.1f}" for x in (training, evaluation, best)]
+        for x in (training, evaluation, best):
+            spread = f" ± {x.std():.1f}" if len(x) > 1 else ""
+            cells += [f"{x.mean():.1f}{spread}"]
         published = PUBLISHED[task].items()
         cells += [", ".join(f"{source} {x} {kinds[KINDS[source]]}" for source, x in published)]
         cells += [f"{(steps / seconds).mean():,.0f}", f"{seconds.mean() / 60:.1f}"]
@@ -356,7 +358,8 @@ def picture(folder):
         steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
         returns = np.array([np.interp(steps, *x) for x in by_seed])
         mean, std = returns.mean(0), returns.std(0)
-        axis.plot(steps, mean, label=f"ppo.py, {len(seeds)} seeds")
+        seeds_shown = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        axis.plot(steps, mean, label=f"ppo.py, {seeds_shown}")
         axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
         styles = {TRAINING: "--", TUNED: "-.", BEST: ":"}
         for i, (source, published) in enumerate(PUBLISHED[task].items()):
