@@ -8,12 +8,13 @@ a table.
 
 It may be interrupted and called again: a finished run is a line of results.csv, and is repeated
 only if its flags here or its preset have changed, or that line is taken out (as after another
-change of ppo.py). In the folder are results.csv (a line a run), <task>.csv (the learning
-curves), table.md and curves.png. The training return is the mean over the last 100 episodes, the
-evaluation that of 100 greedy episodes of the last checkpoint, and that of best.pt another one;
-seconds and steps per second are of the whole training, imports, compiling and evaluation included,
-with as many other runs beside it as --processes says. The table and the picture show the runs with
-the flags and presets of now. All are trained with --compile.
+change of ppo.py). A folder is for one call at a time, and for one setting of --flags. In the folder
+are results.csv (a line a run), <task>.csv (the learning curves), table.md and curves.png. The
+training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes
+of the last checkpoint, and that of best.pt another one; seconds and steps per second are of the
+whole training, imports, compiling and evaluation included, with as many other runs beside it as
+--processes says. The table and the picture show the runs with the flags and presets of now. All are
+trained with --compile.
 """
 
 import argparse
@@ -404,6 +405,12 @@ def main():
         parser.error(
             "with --flags comes a --folder of its own, as runs/benchmark is what was published"
         )
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes} runs nothing; give 1 or more")
+    try:
+        shlex.split(args.flags)
+    except ValueError as error:
+        parser.error(f"--flags {args.flags} cannot be read: {error}")
     TASKS.update({x: (env_id, f"{flags} {args.flags}") for x, (env_id, flags) in TASKS.items()})
     args.folder.mkdir(parents=True, exist_ok=True)
     finished = {
@@ -411,6 +418,12 @@ def main():
     }
     wanted = dict.fromkeys((task, seed) for task in args.only for seed in args.seeds)
     missing = [one for one in wanted if one not in finished]
+    there = {(x["task"], int(x["seed"])) for x in read(args.folder / "results.csv")}
+    if args.flags and there.intersection(missing):
+        parser.error(
+            f"{args.folder} has these runs with other flags, which would be lost; "
+            "give each setting of --flags a --folder of its own"
+        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lock = Lock()
 
@@ -430,6 +443,9 @@ def main():
             flush=True,
         )
         sys.exit(130)
+    except RuntimeError as error:
+        print(f"{error}\nruns under way are waited for", file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
         pool.shutdown(cancel_futures=True)
         if current(args.folder):
