@@ -1463,7 +1463,10 @@ def compiled(function: Callable) -> Callable:
 
     def call(*arguments: object) -> object:
         tensors = [torch.tensor(x) if isinstance(x, float) else x for x in arguments]
-        return compiled_function(*tensors)
+        result = compiled_function(*tensors)
+        if EXIT_CODES:  # an exception that a signal raises in torch's guards is lost
+            sys.exit(EXIT_CODES[0])
+        return result
 
     return call
 
@@ -2073,6 +2076,7 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
 SIGNALS = [  # that end a run; Windows has no SIGHUP
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+EXIT_CODES: list[int] = []  # that of the signal that has ended the run
 
 
 def ignore(_signum: int, _frame: object) -> None:
@@ -2084,6 +2088,7 @@ def leave(signum: int, _frame: object) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) == leave:
             signal.signal(number, ignore)
+    EXIT_CODES.append(128 + signum)
     sys.exit(128 + signum)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -260,3 +261,38 @@ def test_what_the_clock_says(compiled, monkeypatch, capsys):
         assert speeds == pytest.approx([first, 64 / 111.5, 96 / 119.5, 128 / 127.5])
         assert "compiled" not in out
     assert "after 0:02:08" in out, "the end tells all of it"
+
+
+LOSING = """
+import os
+import signal
+
+import torch
+
+import ppo
+
+
+def lose(function, **_):
+    def call(*arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except SystemExit:
+            pass
+        return function(*arguments)
+    return call
+
+
+torch.compile = lose
+ppo.main()
+"""
+
+
+def test_ctrl_c_ends_a_run_even_if_torch_loses_it(tmp_path):
+    """What a handler raises while torch compares guards, torch takes for guards that differ."""
+    program = tmp_path / "losing.py"
+    program.write_text(LOSING)
+    flags = ["--compile", "--total-timesteps=1024", "--run-name=a"]
+    result = in_a_process(tmp_path, *flags, program=program, path=Path(ppo.__file__).parent)
+    assert result.returncode == 130, result.stderr
+    assert "--resume runs/a" in result.stdout
+    assert "eval:" not in result.stdout
