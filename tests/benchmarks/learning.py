@@ -144,7 +144,7 @@ PUBLISHED = {  # with the steps, where these are not those of the task
         "XuanCe": "2811",
     },
     "Humanoid": {"Tianshou": "787", "XuanCe": "705"},
-    "Swimmer": {"SLM-Lab": "282.4 (4M)"},
+    "Swimmer": {"rl-zoo3": "281.6", "SLM-Lab": "282.4 (4M)"},
     "Reacher": {"Tianshou": "-4.1 ± 0.3", "SLM-Lab": "-5.0"},
     "InvertedDoublePendulum": {
         "Tianshou": "9231.3 ± 270.4",
@@ -160,8 +160,16 @@ PUBLISHED = {  # with the steps, where these are not those of the task
     "Walker2d, 3M": {"Tianshou": "4896", "SLM-Lab": "4379 (10M)", "Sample Factory": "5488 (10M)"},
     "Ant, 3M": {"Tianshou": "4079", "SLM-Lab": "2138 (10M)", "Sample Factory": "5876 (10M)"},
     "Humanoid, 3M": {"Tianshou": "1360", "SLM-Lab": "2661 (10M)", "Sample Factory": "5439 (10M)"},
-    "Pong, 3M": {"CleanRL": "20.36 (10M)", "SLM-Lab": "16.7 (10M)"},
-    "Breakout, 3M": {"CleanRL": "414.66 (10M)", "SLM-Lab": "326.5 (10M)"},
+    "Pong, 3M": {
+        "CleanRL": "20.36 (10M)",
+        "SLM-Lab": "16.7 (10M)",
+        "rl-zoo3": "20.99 (10M, sampled)",
+    },
+    "Breakout, 3M": {
+        "CleanRL": "414.66 (10M)",
+        "SLM-Lab": "326.5 (10M)",
+        "rl-zoo3": "398.0 (10M, sampled)",
+    },
 }
 COLUMNS = [
     "task",
