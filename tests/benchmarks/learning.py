@@ -95,6 +95,7 @@ KINDS = {
     "Sample Factory": BEST,
     "MushroomRL": BEST,
 }
+COLORS = dict(zip(KINDS, ["C1", "C2", "C3", "C4", "C5", "C6", "black", "C8"], strict=True))
 PUBLISHED = {  # with the steps, where these are not those of the task
     "CartPole": {"CleanRL": "490.0 ± 6.1", "baselines": "497.5"},
     "CartPole, 100k": {"rl-zoo3": "500.0", "SLM-Lab": "498.9 (200k)"},
@@ -361,29 +362,34 @@ def picture(folder):
             for seed in seeds
         ]
         by_seed = [x for x in by_seed if x.size > 0]  # the others have ended no episode
-        axis.set_title(task, fontsize=10)
+        seeds_shown = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        axis.set_title(f"{task} ({seeds_shown})", fontsize=10)
         if not by_seed:
             continue
         steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
         returns = np.array([np.interp(steps, *x) for x in by_seed])
         mean, std = returns.mean(0), returns.std(0)
-        seeds_shown = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        axis.plot(steps, mean, label=f"ppo.py, {seeds_shown}")
+        axis.plot(steps, mean, label="ppo.py")
         axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
         styles = {TRAINING: "--", TUNED: "-.", BEST: ":"}
-        for i, (source, published) in enumerate(PUBLISHED[task].items()):
+        for source, published in PUBLISHED[task].items():
             axis.axhline(
                 float(published.split()[0]),
-                color=f"C{i + 1}",
+                color=COLORS[source],
                 ls=styles[KINDS[source]],
-                lw=1,
+                lw=1.5,
                 label=f"{source}, {KINDS[source].partition(',')[0]}",
             )
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=5, loc="best")
+    handles = {}
+    for axis in axes.flat:
+        handles |= {
+            label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
     figure.supxlabel("environment steps", fontsize=9)
     figure.supylabel("episodic return in training", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.85 / figure.get_figheight()))
+    figure.legend(handles.values(), handles, loc="upper center", ncols=3, fontsize=10)
     figure.savefig(folder / "curves.png", dpi=90)
 
 
