@@ -2094,6 +2094,7 @@ def leave(signum: int, _frame: object) -> None:
 
 def main(agent_class: type[Agent] = Agent) -> None:
     """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
+    EXIT_CODES.clear()
     for number in SIGNALS:
         is_ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup does with SIGHUP
         if not is_ignored or number in (signal.SIGINT, signal.SIGTERM):

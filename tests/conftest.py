@@ -34,6 +34,7 @@ def restored_handlers():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    ppo.EXIT_CODES.clear()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ MAX_COMPLEXITY = 10
 # The lengths that the file has reached. Who adds a feature that is worth them raises these, and
 # who has found lines to do without lowers them.
 MAX_LINES_OF_PPO = 914
-MAX_LINES = 2126
+MAX_LINES = 2127
 
 
 def test_licence():
