@@ -2076,7 +2076,7 @@ def play(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
 SIGNALS = [  # that end a run; Windows has no SIGHUP
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-EXIT_CODES: list[int] = []  # that of the signal that has ended the run
+EXIT_CODES: list[int] = []  # that of the signal that ends the run, if one has come
 
 
 def ignore(_signum: int, _frame: object) -> None:

@@ -1,6 +1,7 @@
 """--compile: the same algorithm up to rounding, compiled once, and what the clock says of it."""
 
 import itertools
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,3 +297,11 @@ def test_ctrl_c_ends_a_run_even_if_torch_loses_it(tmp_path):
     assert result.returncode == 130, result.stderr
     assert "--resume runs/a" in result.stdout
     assert "eval:" not in result.stdout
+
+
+def test_main_can_be_called_again_after_a_signal(command, monkeypatch):
+    flags = ["--compile", "--total-timesteps=1024", "--eval-episodes=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "collect", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert command(*flags, "--run-name=a").returncode == 130
+    assert command(*flags, "--run-name=b").returncode == 0
