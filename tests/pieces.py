@@ -18,56 +18,52 @@ class Recording(ppo.Agent):
     def __init__(self, *args):
         super().__init__(*args)
         self.acted = []  # obs (N, *obs) of every call of act
-        self.valued = []  # obs (B, *obs) of every call of forward without gradients
-        self.learnt = []  # obs (M, *obs) of every call of forward with them, as in the loss
+        self.learnt = []  # obs (M, *obs) of every call of forward with gradients, as in the loss
 
-    def act(self, obs, *args, **kwargs):
+    def act(self, obs, noise=None):
         self.acted.append(obs.clone())
-        return super().act(obs, *args, **kwargs)
+        return super().act(obs, noise)
 
     def forward(self, obs):
-        calls = self.learnt if torch.is_grad_enabled() else self.valued
-        calls.append(obs.clone())
+        if torch.is_grad_enabled():
+            self.learnt.append(obs.clone())
         return super().forward(obs)
 
 
 class Learner:
-    """Environments, agent, optimizers, generator and state of a run, and its phases as methods."""
+    """Environments, agent, optimizer and position of a run, and its phases as methods."""
 
     def __init__(self, envs, args: ppo.Args, agent_class: type[ppo.Agent]):
         self.envs = envs
         self.args = args
-        on_cpu = replace(args, device="cpu")  # as the tensors are that tests compare with
-        self.generator = torch.Generator(ppo.set_up(on_cpu, envs.single_observation_space))
-        torch.manual_seed(args.seed)
         self.agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
-        self.optimizers = [torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate)]
-        self.state = ppo.restart(envs, args, 0, self.generator)
+        on_cpu = replace(args, device="cpu")  # as the tensors are that tests compare with
+        ppo.set_up(on_cpu, self.agent)
+        self.optimizer = torch.optim.Adam(
+            self.agent.parameters(), args.learning_rate, eps=1e-5, fused=True
+        )
+        self.obs, self.done = ppo.reset(envs, args, 0)
 
     def collect(self) -> ppo.Rollout:
-        rollout, self.state = ppo.collect(
-            self.agent, self.envs, self.state, self.args, self.generator
+        rollout, self.obs, self.done = ppo.collect(
+            self.agent, self.envs, self.obs, self.done, self.args
         )
         return rollout
 
-    def estimate(self, rollout: ppo.Rollout) -> ppo.Minibatch:
+    def estimate(self, rollout: ppo.Rollout) -> ppo.Batch:
         return ppo.estimate_advantages(self.agent, rollout, self.args)
 
-    def update(self, rollout: ppo.Rollout, batch: ppo.Minibatch, **flags) -> list[dict]:
+    def update(self, rollout: ppo.Rollout, batch: ppo.Batch, **flags) -> list[dict]:
         """The infos of an update, as numbers; flags change the arguments for this once."""
         args = replace(self.args, **flags)
-        infos = ppo.update(
-            self.agent, self.optimizers, rollout, batch, args, args.clip_coef, self.generator
-        )
+        infos = ppo.update(self.agent, self.optimizer, rollout, batch, args, args.clip_coef)
         return [{name: x.item() for name, x in info.items()} for info in infos]
 
     def copy(self) -> "Learner":
         """One that can be updated without changing this one, and that has no environments."""
         other = copy(self)
         other.envs = None
-        other.agent, other.optimizers = deepcopy((self.agent, self.optimizers))
-        other.generator = torch.Generator(self.generator.device)
-        other.generator.set_state(self.generator.get_state())
+        other.agent, other.optimizer = deepcopy((self.agent, self.optimizer))
         return other
 
     def weights(self) -> Tensor:
@@ -78,7 +74,7 @@ class Learner:
 @contextmanager
 def learner(args: ppo.Args, agent_class: type[ppo.Agent] = ppo.Agent) -> Iterator[Learner]:
     """A Learner whose environments are closed at the end."""
-    with ppo.closing_envs(ppo.make_envs(args)) as envs:
+    with ppo.open_envs(args) as envs:
         yield Learner(envs, args, agent_class)
 
 

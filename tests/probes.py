@@ -1,12 +1,9 @@
 """Environments whose right answers are known, registered on import: `--env-id probes:Name-v0`."""
 
-import os
 import random
-import subprocess
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium import spaces
 
 SEEDS = []  # every seed that a Counting environment of this process was reset with
@@ -21,27 +18,15 @@ class Probe(gym.Env):
         self.t = 0
         return self.observe(), {}
 
+    def observe(self):
+        return np.zeros(1, np.float32)
+
 
 class Constant(Probe):
     """One step, reward 1: V = 1."""
 
-    def observe(self):
-        return np.zeros(1, np.float32)
-
     def step(self, action):
         return self.observe(), 1.0, True, False, {}
-
-
-class Sign(Probe):
-    """One step, a random sign as observation and reward: V(s) = s."""
-
-    def observe(self):
-        self.sign = np.float32(self.np_random.choice([-1, 1]))
-        return np.array([self.sign])
-
-    def step(self, action):
-        sign = self.sign
-        return self.observe(), float(sign), True, False, {}
 
 
 class Delay(Probe):
@@ -57,9 +42,6 @@ class Delay(Probe):
 
 class Choice(Probe):
     """One step, reward 1 for action 1 and -1 for action 0."""
-
-    def observe(self):
-        return np.zeros(1, np.float32)
 
     def step(self, action):
         return self.observe(), 1.0 if action == 1 else -1.0, True, False, {}
@@ -77,97 +59,19 @@ class Match(Probe):
         return self.observe(), reward, True, False, {}
 
 
+class Sign(Match):
+    """One step, a random sign as observation and reward: V(s) = s."""
+
+    def step(self, action):
+        reward = 2.0 * self.wanted - 1
+        return self.observe(), reward, True, False, {}
+
+
 class Forever(Probe):
     """Reward 1 for ever; registered with a time limit of 10 steps. V = 1 / (1 - gamma)."""
 
-    def observe(self):
-        return np.zeros(1, np.float32)
-
     def step(self, action):
         return self.observe(), 1.0, False, False, {}
-
-
-class Expiring(Forever):
-    """Reward 1 for 10 steps, after which the episode terminates, which no observation tells."""
-
-    def step(self, action):
-        self.t += 1
-        return self.observe(), 1.0, self.t == 10, False, {}
-
-
-class Clock(Delay):
-    """Delay, in which time passes: 1/16 of a second a step, and 1,000 seconds a reset by seed."""
-
-    seconds = 0.0  # since the start, of all such environments of this process
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            Clock.seconds += 1000
-        return super().reset(seed=seed, options=options)
-
-    def step(self, action):
-        Clock.seconds += 1 / 16
-        return super().step(action)
-
-
-class Reseeding(Probe):
-    """Episodes of 5 steps; seeds the global generators, always alike, when the argument says so."""
-
-    actions = []  # of all such environments of this process, in order  # noqa: RUF012
-
-    def __init__(self, when="never"):
-        self.when = when
-        self.seed_globals("init")
-
-    def seed_globals(self, now):
-        if now == self.when:
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            torch.manual_seed(0)
-
-    def reset(self, *, seed=None, options=None):
-        self.seed_globals("reset")
-        return super().reset(seed=seed, options=options)
-
-    def observe(self):
-        return self.np_random.uniform(-1, 1, 1).astype(np.float32)
-
-    def step(self, action):
-        self.seed_globals("step")
-        self.actions.append(int(action))
-        self.t += 1
-        return self.observe(), float(action), self.t == 5, False, {}
-
-
-class Copy(gym.Env):
-    """One step in which the action should equal the observation, in the space of that kind."""
-
-    SPACES = {  # noqa: RUF012
-        "discrete": spaces.Discrete(4, start=3),
-        "multidiscrete": spaces.MultiDiscrete([3, 2, 4], start=[1, 0, -2]),
-        "multibinary": spaces.MultiBinary(4),
-        "box": spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 10.0], np.float32)),
-    }
-
-    def __init__(self, kind):
-        self.action_space = self.SPACES[kind]
-        self.observation_space = self.SPACES[kind]
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        self.wanted = self.observation_space.sample()
-        return self.wanted, {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), action
-        if isinstance(self.action_space, spaces.Box):
-            size = self.action_space.high - self.action_space.low
-            reward = -np.square((action - self.wanted) / size).sum()
-        else:
-            reward = np.mean(np.asarray(action) == self.wanted)
-        return self.wanted, float(reward), True, False, {}
 
 
 class Counting(gym.Env):
@@ -206,7 +110,7 @@ class Counting(gym.Env):
         return np.sin(episode + 0.1 * t)
 
 
-class Spaces(gym.Env):
+class Spaces(Probe):
     """Random observations of any space; insists on actions that are in its action space."""
 
     def __init__(self, observation_space=None, action_space=None, real=False):
@@ -215,15 +119,45 @@ class Spaces(gym.Env):
         self.action_space = action_space or default
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
         if seed is not None:
             self.observation_space.seed(seed)
-        return self.observation_space.sample(), {}
+        return super().reset(seed=seed)
+
+    def observe(self):
+        return self.observation_space.sample()
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
         ends = self.np_random.random(2) < (0.1, 0.05)
-        return self.observation_space.sample(), 1.0, bool(ends[0]), bool(ends[1]), {}
+        return self.observe(), 1.0, bool(ends[0]), bool(ends[1]), {}
+
+
+class Copy(Spaces):
+    """One step in which the action should equal the observation, in the space of that kind."""
+
+    SPACES = {  # noqa: RUF012
+        "discrete": spaces.Discrete(4, start=3),
+        "multidiscrete": spaces.MultiDiscrete([3, 2, 4], start=[1, 0, -2]),
+        "multibinary": spaces.MultiBinary(4),
+        "box": spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 10.0], np.float32)),
+    }
+
+    def __init__(self, kind):
+        super().__init__(self.SPACES[kind], self.SPACES[kind])
+
+    def observe(self):
+        self.wanted = self.observation_space.sample()
+        return self.wanted
+
+    def step(self, action):
+        wanted = self.wanted
+        obs, _, _, _, info = super().step(action)
+        if isinstance(self.action_space, spaces.Box):
+            size = self.action_space.high - self.action_space.low
+            reward = -np.square((action - wanted) / size).sum()
+        else:
+            reward = np.mean(np.asarray(action) == wanted)
+        return obs, float(reward), True, False, info
 
 
 class Noisy(Probe):
@@ -241,9 +175,6 @@ class RiseAndFall(Probe):
     """Episodes of one step, whose return rises until an environment's 600th and falls again."""
 
     count = 0
-
-    def observe(self):
-        return np.zeros(1, np.float32)
 
     def step(self, action):
         self.count += 1
@@ -273,93 +204,6 @@ class Shifted(Match):
         return 500 + 3 * super().observe()
 
 
-class Nuisance(Probe):
-    """Makes it hard to stop: by a child process, which it ends when it is closed."""
-
-    def __init__(self, kind):
-        self.kind = kind
-        if kind == "child":
-            self.child = subprocess.Popen(["sleep", "1000"])
-
-    def observe(self):
-        return np.zeros(1, np.float32)
-
-    def step(self, action):
-        self.t += 1
-        return self.observe(), 1.0, False, self.t == 10, {}
-
-    def close(self):
-        if self.kind == "child":
-            self.child.kill()
-            self.child.wait()
-
-
-class Film(Probe):
-    """Never ends, and shows noise, which takes long to encode."""
-
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
-
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
-
-    def observe(self):
-        return np.zeros(1, np.float32)
-
-    def step(self, action):
-        return self.observe(), 1.0, False, False, {}
-
-    def render(self):
-        return np.random.default_rng(0).integers(256, size=(240, 320, 3), dtype=np.uint8)
-
-
-class OddError(Exception):
-    """Cannot be made anew from its message alone."""
-
-    def __init__(self, a, b):
-        super().__init__(a + b)
-
-
-class Faulty(Probe):
-    """Goes wrong in its 40th step, in the way that `fault` says, or cannot be used at all."""
-
-    def __init__(self, fault="none", size=1):
-        self.fault, self.steps = fault, 0
-        if fault == "refusal":
-            raise ValueError(f"size {size} is too small")
-        if fault == "observation space":
-            self.observation_space = spaces.Sequence(spaces.Discrete(3))
-        if fault == "action space":
-            self.action_space = spaces.Tuple([spaces.Discrete(2)])
-        if fault == "action":
-            self.action_space = spaces.Box(-np.inf, np.inf, (1,))
-
-    def reset(self, *, seed=None, options=None):
-        self.seed = self.seed if seed is None else seed
-        return super().reset(seed=seed, options=options)
-
-    def observe(self):
-        return np.zeros(1, np.float32)
-
-    def step(self, action):
-        self.steps += 1
-        obs, reward = self.observe(), 1.0
-        if self.steps >= 40:
-            if self.fault == "obs":
-                obs = obs + np.float32("nan")
-            if self.fault == "reward":
-                reward = float("inf")
-            after_nan = self.fault == "exception after nan" and self.steps > 40
-            if self.fault == "exception" or after_nan:
-                raise RuntimeError("the motor is on fire")
-            if self.fault == "exception after nan":
-                obs = obs + np.float32("nan")
-            if self.fault == "death" and self.seed % 4 == 0:
-                os._exit(3)
-            if self.fault == "odd exception":
-                raise OddError("two", "arguments")
-        return obs, reward, False, self.steps % 20 == 0, {}
-
-
 class SameStep(gym.vector.VectorEnv):
     """A vector environment with the wrong autoreset mode."""
 
@@ -370,29 +214,10 @@ class SameStep(gym.vector.VectorEnv):
         self.num_envs = num_envs
 
 
-for name, entry_point, limit in [
-    ("Constant", Constant, None),
-    ("Sign", Sign, None),
-    ("Delay", Delay, None),
-    ("Choice", Choice, None),
-    ("Match", Match, None),
-    ("Forever", Forever, 10),
-    ("Copy", Copy, None),
-    ("Counting", Counting, None),
-    ("Spaces", Spaces, None),
-    ("Faulty", Faulty, None),
-    ("Noisy", Noisy, 10),
-    ("Nuisance", Nuisance, None),
-    ("Film", Film, None),
-    ("LongFilm", Film, 10_000),
-    ("Dice", Dice, None),
-    ("Shifted", Shifted, None),
-    ("Endless", Forever, None),
-    ("RiseAndFall", RiseAndFall, None),
-    ("Expiring", Expiring, None),
-    ("Clock", Clock, None),
-    ("Reseeding", Reseeding, None),
-]:
+PLAIN = [Constant, Delay, Choice, Match, Sign, Counting, Spaces, Copy, RiseAndFall, Dice, Shifted]
+LIMITED = {"Forever": (Forever, 10), "Endless": (Forever, None), "Noisy": (Noisy, 10)}
+LIMITED |= {x.__name__: (x, None) for x in PLAIN}
+for name, (entry_point, limit) in LIMITED.items():
     gym.register(f"{name}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)
 gym.register("SameStep-v0", Constant, vector_entry_point=SameStep)
 native = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"

@@ -2,8 +2,8 @@
 
 There rank<n>.pt holds what a process saw: `seeds`, the first one of its environments at every
 reset, and their number; `rows`, of every update of running statistics; and for every minibatch,
-`minibatch`, `before`, the parameters, and `gradient`, which the optimizer was given, if it was; at
-the end, `agent` and `optimizer`.
+`minibatch`, `before`, the state of the agent, and `gradient`, which the optimizer was given, or
+None if the update was stopped; at the end, `agent` and `optimizer`.
 """
 
 import os
@@ -34,15 +34,16 @@ def recording_make_envs(*args):
     return envs
 
 
-def recording_loss(agent, minibatch, *rest):
-    seen["minibatch"].append(minibatch._asdict())
-    seen["before"].append(torch.cat([x.detach().flatten() for x in agent.parameters()]))
-    return ppo_loss(agent, minibatch, *rest)
+def recording_loss(agent, batch, *rest):
+    seen["minibatch"].append(batch._asdict())
+    seen["before"].append({name: x.clone() for name, x in agent.state_dict().items()})
+    seen["gradient"].append(None)
+    return ppo_loss(agent, batch, *rest)
 
 
 def recording_step(self):
     gradients = [x.grad.flatten() for x in self.param_groups[0]["params"]]
-    seen["gradient"].append(torch.cat(gradients))
+    seen["gradient"][-1] = torch.cat(gradients)
     seen["optimizer"] = self
     return step(self)
 
@@ -52,18 +53,8 @@ def recording_update(self, x):
     update(self, x)
 
 
-class Headstrong(ppo.Agent):
-    """Begins with weights that no seed decides on: each process's are its own."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        with torch.no_grad():
-            for x in self.parameters():
-                x.add_(0.01 * ppo.RANK)
-
-
-def recording_train(args, _agent_class, checkpoint):
-    agent = train(args, Headstrong, checkpoint)
+def recording_train(*args):
+    agent = train(*args)
     seen["agent"] = agent.state_dict()
     seen["optimizer"] = seen["optimizer"].state_dict()
     torch.save(dict(seen), f"{folder}/rank{os.environ['RANK']}.pt")

@@ -1,4 +1,4 @@
-"""The promises about the file itself: what it costs to read it."""
+"""The promises about the files themselves: what it costs to read them."""
 
 import ast
 import io
@@ -15,30 +15,18 @@ pytestmark = pytest.mark.upstream
 ROOT = Path(__file__).parent.parent
 CODE = (ROOT / "ppo.py").read_text()
 
-# Promised to readers.
-MAX_COLUMNS = 100
-MAX_TOKENS_PER_LINE = 10.0
+# Not to be raised: a feature takes out as many lines as it puts in.
+LIMITS = {
+    "lines": 1250,
+    "line of the banner": 660,
+    "functions and classes at the top level": 55,
+    "names of part II that part I uses": 14,
+    "tokens on a line of code": 10.0,
+    "columns": 100,
+}
 MAX_COMPLEXITY = 10
-
-# The lengths that the file has reached. Who adds a feature that is worth them raises these, and
-# who has found lines to do without lowers them.
-MAX_LINES_OF_PPO = 914
-MAX_LINES = 2127
-
-
-def test_licence():
-    assert CODE.splitlines()[0] == "# SPDX-License-Identifier: MIT"
-
-
-def test_columns():
-    assert max(map(len, CODE.splitlines())) <= MAX_COLUMNS
-
-
-def test_lines():
-    lines = CODE.splitlines()
-    assert len(lines) <= MAX_LINES
-    (banner,) = [i for i, line in enumerate(lines, 1) if "nothing below is PPO" in line]
-    assert banner <= MAX_LINES_OF_PPO
+MAX_LINES_OF_TESTS = 5000
+MAX_LINES_OF_README = 170
 
 
 def density(code):
@@ -69,34 +57,74 @@ def density(code):
     return count / len(lines)
 
 
-def test_density():
-    assert density(CODE) <= MAX_TOKENS_PER_LINE
+def names_from_below(code, banner):
+    """The names that are defined at the top level below a line and used above it."""
+    below = set()
+    for node in ast.parse(code).body:
+        if node.lineno > banner:
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    below.add(name)
+                case ast.Assign() | ast.AnnAssign():
+                    below |= {x.id for x in ast.walk(node) if is_name(x, ast.Store)}
+    used = {x.id for x in ast.walk(ast.parse(code)) if is_name(x, ast.Load) and x.lineno < banner}
+    return below & used
 
 
-def test_density_is_counted_right():
-    assert density("x = 1  # one\n\n# two\n") == 3
-    assert density('"""Docstring\nof two lines."""\n\nx = 1\ny = f(x)\n') == (3 + 6) / 2
+def is_name(node, context):
+    return isinstance(node, ast.Name) and isinstance(node.ctx, context)
+
+
+def shape(code):
+    """What a file costs its reader, as LIMITS has it."""
+    lines = code.splitlines()
+    (banner,) = [i for i, line in enumerate(lines, 1) if "nothing below is PPO" in line]
+    top = [x for x in ast.parse(code).body if isinstance(x, ast.FunctionDef | ast.ClassDef)]
+    return {
+        "lines": len(lines),
+        "line of the banner": banner,
+        "functions and classes at the top level": len(top),
+        "names of part II that part I uses": len(names_from_below(code, banner)),
+        "tokens on a line of code": density(code),
+        "columns": max(map(len, lines)),
+    }
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_shape(name):
+    assert shape(CODE)[name] <= LIMITS[name]
+
+
+def test_shape_is_counted_right():
+    code = '"""A docstring\nof two lines."""\n\n\ndef f(x):\n    return g(x) + C + len(x)\n\n\n'
+    code += "class A:\n    pass\n\n\n# nothing below is PPO\nC = 1\nD: int = 2\n\n\n"
+    code += "def g(x):\n    return f(x) * D\n"
+    tokens = 6 + 12 + 3 + 1 + 3 + 5 + 6 + 7
+    expected = [19, 13, 3, 2, tokens / 8, 28]
+    assert list(shape(code).values()) == expected
     assert density('def f():\n    """One line."""\n    return f"{1 + 1} is two"\n') == (5 + 2) / 2
     assert density("x = [\n    1,\n]\n") == (3 + 2 + 1) / 3
 
 
 def tricks(code):
-    """Lines that hold more than a reader takes in at once, and what it is: [(line, what)]."""
+    """Lines that hold more than a reader takes in at once: [(line, what it is)]."""
     found = []
     tree = ast.parse(code)
     arguments = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            arguments += [*node.args, *(keyword.value for keyword in node.keywords)]
-        if isinstance(node, ast.Assign) and len(node.targets) > 1:
-            found.append((node.lineno, "chained assignment"))
+        match node:
+            case ast.Call(args=args, keywords=keywords):
+                arguments += [*args, *(keyword.value for keyword in keywords)]
+            case ast.Assign(targets=[_, _, *_]):
+                found.append((node.lineno, "chained assignment"))
+            case ast.Assign(targets=[ast.Tuple()], value=ast.Tuple()):
+                found.append((node.lineno, "two assignments"))
+            case ast.Assign(targets=[ast.Name()], value=ast.Lambda()):
+                found.append((node.lineno, "lambda with a name"))
     for argument in arguments:
         for node in ast.walk(argument):
             if isinstance(node, ast.NamedExpr):
                 found.append((node.lineno, "walrus in an argument"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Lambda) and not any(node is x for x in arguments):
-            found.append((node.lineno, "lambda that is no argument"))
     return sorted(set(found))
 
 
@@ -107,14 +135,10 @@ def test_one_thing_a_line():
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("f(x := 1)", "walrus in an argument"),
         ("f(1, key=[(x := 1) + 1])", "walrus in an argument"),
-        ("a = b = 1", "chained assignment"),
         ("a[0] = b = 1", "chained assignment"),
-        ("f = lambda: 1", "lambda that is no argument"),
-        ("f({'a': lambda: 1})", "lambda that is no argument"),
-        ("f(lambda: 1, key=lambda x: x)", None),
-        ("a, b = 1, 2", None),
+        ("a, b = 1, 2", "two assignments"),
+        ("f = lambda: 1", "lambda with a name"),
         ("if (x := 1) > 0: pass", None),
     ],
 )
@@ -136,7 +160,7 @@ def test_ruff(command):
 def test_ruff_holds_the_promises():
     """Its rules are on, and no line of the file is excepted from them."""
     settings = tomllib.loads((ROOT / ".ruff.toml").read_text())
-    assert settings["line-length"] <= MAX_COLUMNS
+    assert settings["line-length"] <= LIMITS["columns"]
     assert settings["lint"]["mccabe"]["max-complexity"] <= MAX_COMPLEXITY
     assert {"E", "C90", "PLW2901"} <= set(settings["lint"]["select"])
     rules = ["--select=C901,PLW2901,E501", "--ignore-noqa"]
@@ -144,7 +168,16 @@ def test_ruff_holds_the_promises():
     assert result.returncode == 0, result.stdout
 
 
-def test_requirements_are_pinned():
+def test_tests_and_readme_are_short():
+    files = (ROOT / "tests").glob("*.py")
+    assert sum(len(path.read_text().splitlines()) for path in files) <= MAX_LINES_OF_TESTS
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= MAX_LINES_OF_README
+    assert max(map(len, lines)) <= LIMITS["columns"]
+
+
+def test_licence_and_requirements():
+    assert CODE.splitlines()[0] == "# SPDX-License-Identifier: MIT"
     lines = (ROOT / "requirements.txt").read_text().split()
     names = [line.split("==")[0] for line in lines]
     assert names == ["torch", "gymnasium", "numpy", "tyro", "tensorboard"]

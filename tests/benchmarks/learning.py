@@ -1,20 +1,18 @@
-"""How well ppo.py learns: environments x seeds, each a run of the command line, their curves and
-a table.
+"""How well ppo.py learns: environments x seeds, each a run of the command line.
 
     python tests/benchmarks/learning.py                           # all that runs/benchmark/ lacks
     python tests/benchmarks/learning.py --only Ant "Ant, 3M" --seeds 1   # some of it
     python tests/benchmarks/learning.py --folder runs/mine        # all of it again, elsewhere
     python tests/benchmarks/learning.py --folder runs/try --only Ant --flags="--num-steps 64"
 
-It may be interrupted and called again: a finished run is a line of results.csv, and is repeated
-only if its flags here or its preset have changed, or that line is taken out (as after another
-change of ppo.py). A folder is for one call at a time, and for one setting of --flags. In the folder
-are results.csv (a line a run), <task>.csv (the learning curves), table.md and curves.png. The
-training return is the mean over the last 100 episodes, the evaluation that of 100 greedy episodes
-of the last checkpoint, and that of best.pt another one; seconds and steps per second are of the
-whole training, imports, compiling and evaluation included, with as many other runs beside it as
---processes says. The table and the picture show the runs with the flags and presets of now. All are
-trained with --compile.
+A finished run is a line of results.csv and a curve in <task>.csv. It is not run again, unless its
+task has other flags now, be it here or by a preset, or its line is taken out. So this may be
+interrupted and called again, but not twice at a time for one folder. The runs whose flags are those
+of now are shown in table.md, curves.png and front.png. All are trained with --compile.
+
+The training return is the mean of the last 100 episodes, the evaluation that of 100 greedy episodes
+of the last checkpoint, and the best return the same of best.pt. Seconds are those of the whole
+training, from its command to its exit, with as many others beside it as --processes says.
 """
 
 import argparse
@@ -39,9 +37,12 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
+PUBLIC = ROOT / "runs/benchmark"
 sys.path.insert(0, str(ROOT))
 import ppo  # noqa: E402
 
@@ -52,7 +53,7 @@ PENDULUM = f"{SHORT} --num-envs 16 --num-steps 64 --num-minibatches 16 --log-std
 PENDULUM += " --gamma 0.9 --learning-rate 1e-3"
 SWIMMER = "--num-envs 8 --num-steps 256 --log-std-init 0 --gamma 0.9999 --gae-lambda 0.98"
 CONTINUOUS = """--env-kwargs '{"continuous": true}' --gamma 0.995 --gae-lambda 0.98"""
-# By name: the environment, and the flags beside the seed. Where there are none, it is the preset.
+# By name: the environment, and the flags beside the seed. Where there are none, the preset decides.
 TASKS = {
     "CartPole": ("CartPole-v1", ""),
     "CartPole, 100k": ("CartPole-v1", SHORT),
@@ -80,10 +81,10 @@ TASKS = {
     "Pong, 3M": ("ALE/Pong-v5", LONG),
     "Breakout, 3M": ("ALE/Breakout-v5", LONG),
 }
-# What others have published, and what kind of number it is. The README has the addresses. Versions
-# of environments differ: MuJoCo was that of -v2 to -v4 (SLM-Lab: -v5), LunarLander mostly -v2.
+# What others have published, and what kind of number it is; sources: runs/benchmark/README.md.
+# Versions differ: theirs are MuJoCo's -v2 to -v4 (SLM-Lab: -v5), and mostly LunarLander-v2.
 TRAINING = "training"
-TUNED = "greedy evaluation of one agent, tuned for it"
+TUNED = "greedy evaluation of one tuned agent"
 BEST = "best of many evaluations"
 KINDS = {
     "CleanRL": TRAINING,
@@ -172,20 +173,14 @@ PUBLISHED = {  # with the steps, where these are not those of the task
         "rl-zoo3": "398.0 (10M, sampled)",
     },
 }
-COLUMNS = [
-    "task",
-    "seed",
-    "steps",
-    "training_return",
-    "evaluation_return",
-    "evaluation_std",
-    "best_return",
-    "seconds",
-]
-COLUMNS += ["flags", "versions", "machine"]
+COLUMNS = ["task", "seed", "steps", "training_return", "evaluation_return", "evaluation_std"]
+COLUMNS += ["best_return", "seconds", "flags", "versions", "machine"]
 POINTS = 100  # of a curve
+FRONT = ["CartPole", "LunarLander", "Pendulum", "HalfCheetah"]  # on the front page
+FRONT += ["Hopper", "Walker2d", "Ant", "Humanoid"]
 
 
+# --- Training -------------------------------------------------------------------------------------
 def machine():
     """The processor and the number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -201,92 +196,70 @@ def command_line(task):
 
 @cache
 def settings(task):
-    """What a run has beside its seed: all flags that are not the defaults, of presets, too."""
+    """The arguments of a task's runs that are not the defaults of Args, in JSON."""
     defaults = vars(ppo.Args())
     args = vars(ppo.parse_args(command_line(task)))
     return json.dumps({name: x for name, x in args.items() if x != defaults[name]})
 
 
 def run(folder, *flags):
-    """What ppo.py prints, in a folder."""
+    """Run ppo.py in a folder; return the mean and the deviation of its evaluation."""
     command = [sys.executable, ROOT / "ppo.py", *flags, "--eval-episodes", "100"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         end = done.stderr[-2000:]
         raise RuntimeError(f"{shlex.join(flags)} ended with {done.returncode}:\n{end}")
-    return done.stdout
+    found = re.search(r"eval: mean (\S+) std (\S+)", done.stdout)
+    return float(found[1]), float(found[2])
 
 
 def train(task, seed):
-    """Run ppo.py in an empty folder; return its line of results.csv, and its curve."""
+    """Train in an empty folder; return the line of results.csv, and the curve."""
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "runs/run")
         start = time.perf_counter()
-        printed = run(folder, *command_line(task), "--seed", str(seed), "--run-name", "run")
+        mean, std = run(folder, *command_line(task), "--seed", str(seed), "--run-name", "run")
         seconds = time.perf_counter() - start
-        evaluation = evaluated(printed)
         best = ""  # there is none where fewer than 100 episodes have ended
-        if Path(folder, "runs/run/best.pt").exists():
-            best, _ = evaluated(run(folder, "--evaluate", "runs/run/best.pt"))
-        checkpoint = torch.load(Path(folder, "runs/run/checkpoint.pt"), weights_only=True)
-        events = EventAccumulator(str(Path(folder, "runs/run")), size_guidance={"scalars": 0})
-        events.Reload()
+        if (path / "best.pt").exists():
+            best, _ = run(folder, "--evaluate", str(path / "best.pt"))
+        checkpoint = ppo.load(str(path))
+        steps = checkpoint["global_step"]
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     packages = f"torch {torch.__version__}, gymnasium {gym.__version__}"
-    versions = f"Python {platform.python_version()}, {packages}"
     row = {
         "task": task,
         "seed": seed,
-        "steps": checkpoint["global_step"],
+        "steps": steps,
         "training_return": round(float(np.mean(checkpoint["returns"])), 2),
-        "evaluation_return": evaluation[0],
-        "evaluation_std": evaluation[1],
+        "evaluation_return": mean,
+        "evaluation_std": std,
         "best_return": best,
         "seconds": round(seconds),
         "flags": settings(task),
-        "versions": versions,
+        "versions": f"Python {platform.python_version()}, {packages}",
         "machine": machine(),
     }
-    return row, curve(events, checkpoint["global_step"])
-
-
-def evaluated(printed):
-    """Mean and deviation of the evaluation that was printed."""
-    found = re.search(r"eval: mean (\S+) std (\S+)", printed)
-    return [float(x.replace(",", "")) for x in found.groups()]
+    return row, curve(events, steps)
 
 
 def curve(events, total):
-    """Points (step, seconds, mean return of episodes since the last point) of a run's log."""
-    if "charts/episodes" not in events.Tags()["scalars"]:
-        return []
+    """Points (step, seconds, return) of a run's log, the last one of each hundredth of the run."""
+    if "charts/episodic_return" not in events.Tags()["scalars"]:
+        return []  # no episode has ended
     first = events.Scalars("charts/SPS")[0]
-    zero = first.wall_time - first.step / first.value  # which leaves start-up out
-    returns, counts = (events.Scalars(f"charts/{name}") for name in ("episodic_return", "episodes"))
-    points = []
-    for i in range(POINTS):
-        window = [
-            (mean, count.value)
-            for mean, count in zip(returns, counts, strict=True)
-            if i * total / POINTS < mean.step <= (i + 1) * total / POINTS
-        ]
-        if window:
-            mean = sum(mean.value * n for mean, n in window) / sum(n for _, n in window)
-            last = window[-1][0]
-            points.append((last.step, round(last.wall_time - zero, 1), round(mean, 2)))
-    return points
+    start = first.wall_time - first.step / first.value
+    points = {}
+    for x in events.Scalars("charts/episodic_return"):
+        hundredth = (x.step - 1) * POINTS // total
+        points[hundredth] = x.step, round(x.wall_time - start, 1), round(x.value, 2)
+    return list(points.values())
 
 
+# --- Files ----------------------------------------------------------------------------------------
 def read(path):
     """The lines of a CSV file, none if it is not there."""
     return list(csv.DictReader(path.open())) if path.exists() else []
-
-
-def current(folder):
-    """By task the finished runs of results.csv whose flags and preset are those of now."""
-    runs = {}
-    for line in read(folder / "results.csv"):
-        if line["task"] in TASKS and line["flags"] == settings(line["task"]):
-            runs.setdefault(line["task"], []).append(line)
-    return runs
 
 
 def write(path, columns, rows):
@@ -298,173 +271,192 @@ def write(path, columns, rows):
     path.with_suffix(".tmp").replace(path)
 
 
-def curve_file(task):
-    return task.replace(", ", "-") + ".csv"
+def current(folder):
+    """By task the lines of results.csv whose flags are those of now."""
+    runs = {}
+    for line in read(folder / "results.csv"):
+        if line["task"] in TASKS and line["flags"] == settings(line["task"]):
+            runs.setdefault(line["task"], []).append(line)
+    return runs
+
+
+def curve_file(folder, task):
+    return folder / (task.replace(", ", "-") + ".csv")
 
 
 def keep(folder, row, points):
     """Add a run to the folder, its curve first: a line of results.csv means that all is there."""
-    path = folder / curve_file(row["task"])
-    rows = [x for x in read(path) if x["seed"] != str(row["seed"])]
-    rows += [
-        {"seed": row["seed"], "step": step, "seconds": seconds, "return": mean}
-        for step, seconds, mean in points
-    ]
-    write(path, ["seed", "step", "seconds", "return"], sorted(rows, key=lambda x: int(x["seed"])))
-    name = row["task"], str(row["seed"])
-    results = [*(x for x in read(folder / "results.csv") if (x["task"], x["seed"]) != name), row]
-    results.sort(key=lambda x: ([*TASKS, x["task"]].index(x["task"]), int(x["seed"])))
-    write(folder / "results.csv", COLUMNS, results)
+    task, seed = row["task"], str(row["seed"])
+    path = curve_file(folder, task)
+    rows = [x for x in read(path) if x["seed"] != seed]
+    for step, seconds, mean in points:
+        rows.append({"seed": seed, "step": step, "seconds": seconds, "return": mean})
+    rows.sort(key=lambda x: int(x["seed"]))
+    write(path, ["seed", "step", "seconds", "return"], rows)
+    path = folder / "results.csv"
+    rows = [x for x in read(path) if (x["task"], x["seed"]) != (task, seed)]
+    rows.append(row)
+    order = [*TASKS, *(x["task"] for x in rows)]
+    rows.sort(key=lambda x: (order.index(x["task"]), int(x["seed"])))
+    write(path, COLUMNS, rows)
 
 
-def table(folder):
-    """Write table.md: mean and deviation over the seeds, beside what others have published."""
+# --- Table and pictures ---------------------------------------------------------------------------
+def show_row(cells):
+    return f"| {' | '.join(cells)} |\n"
+
+
+def write_tables(folder):
+    """Write table.md: means and deviations over the seeds, and what others have published."""
     finished = current(folder)
-    kinds = {TRAINING: "t", TUNED: "e", BEST: "b"}
-    lines = [
-        "| environment | steps | seeds | training return | greedy evaluation | of best.pt | "
-        "published | steps/s | minutes |"
-    ]
-    lines.append("|---" * 9 + "|")
+    names = ["environment", "steps", "seeds", "training return", "greedy evaluation", "of best.pt"]
+    names += ["steps/s", "minutes"]
+    text = show_row(names) + "|---" * len(names) + "|\n"
     for task, runs in finished.items():
-        training, evaluation, best, seconds, steps = (
-            np.array([float(x[name] or "nan") for x in runs])
-            for name in ("training_return", "evaluation_return", "best_return", "seconds", "steps")
-        )
-        cells = [task, f"{steps[0]:,.0f}", ", ".join(x["seed"] for x in runs)]
-        for x in (training, evaluation, best):
-            spread = f" ± {x.std():.1f}" if len(x) > 1 else ""
-            cells += [f"{x.mean():.1f}{spread}"]
-        published = PUBLISHED[task].items()
-        cells += [", ".join(f"{source} {x} {kinds[KINDS[source]]}" for source, x in published)]
-        cells += [f"{(steps / seconds).mean():,.0f}", f"{seconds.mean() / 60:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    where = {f"{x['versions']}, {x['machine']}" for runs in finished.values() for x in runs}
-    lines += ["", "; ".join(f"{letter}: {kind}" for kind, letter in kinds.items()) + "."]
-    lines += ["Runs: " + "; ".join(sorted(where)) + "."]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        values = {}
+        for name in COLUMNS[2:8]:
+            values[name] = np.array([float(x[name] or "nan") for x in runs])
+        cells = [task, f"{values['steps'][0]:,.0f}", " ".join(x["seed"] for x in runs)]
+        for name in ("training_return", "evaluation_return", "best_return"):
+            spread = f" ± {values[name].std():.1f}" if len(runs) > 1 else ""
+            cells.append(f"{values[name].mean():.1f}{spread}")
+        cells.append(f"{(values['steps'] / values['seconds']).mean():,.0f}")
+        cells.append(f"{values['seconds'].mean() / 60:.1f}")
+        text += show_row(cells)
+    kinds = [TRAINING, TUNED, BEST]
+    text += "\nWhat others have published, by the kind of figure:\n\n"
+    text += show_row(["environment", *kinds]) + "|---" * (1 + len(kinds)) + "|\n"
+    for task in finished:
+        cells = [task]
+        for kind in kinds:
+            sources = PUBLISHED[task].items()
+            cells.append(", ".join(f"{name} {x}" for name, x in sources if KINDS[name] == kind))
+        text += show_row(cells)
+    (folder / "table.md").write_text(text)
+    print(text)
 
 
-def picture(folder):
-    """Draw curves.png: the mean over the seeds, its deviation shaded, and the published figures."""
-    shown = {task: [x["seed"] for x in runs] for task, runs in current(folder).items()}
-    rows = -(-len(shown) // 4)
+def draw(axis, folder, task, runs):
+    """Draw the mean over the seeds, with its deviation shaded, over millions of steps."""
+    curves = []
+    for seed in (x["seed"] for x in runs):
+        points = [x for x in read(curve_file(folder, task)) if x["seed"] == seed]
+        if points:  # else no episode has ended
+            steps = np.array([int(x["step"]) for x in points]) / 1e6
+            curves.append((steps, np.array([float(x["return"]) for x in points])))
+    if not curves:
+        return
+    steps = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), POINTS)
+    returns = np.array([np.interp(steps, *x) for x in curves])
+    mean, std = returns.mean(0), returns.std(0)
+    axis.plot(steps, mean, label="ppo.py")
+    axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
+
+
+def draw_curves(folder):
+    """Draw curves.png: every task, with a line for each published figure."""
+    finished = current(folder)
+    rows = -(-len(finished) // 4)
     figure, axes = plt.subplots(rows, 4, figsize=(14, 2.8 * rows), squeeze=False)
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(finished) :]:
         axis.set_axis_off()
-    for axis, (task, seeds) in zip(axes.flat, shown.items(), strict=False):
-        points = read(folder / curve_file(task))
-        by_seed = [
-            np.array(
-                [(float(x["step"]), float(x["return"])) for x in points if x["seed"] == seed]
-            ).T
-            for seed in seeds
-        ]
-        by_seed = [x for x in by_seed if x.size > 0]  # the others have ended no episode
-        seeds_shown = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        axis.set_title(f"{task} ({seeds_shown})", fontsize=10)
-        if not by_seed:
-            continue
-        steps = np.linspace(max(x[0][0] for x in by_seed), min(x[0][-1] for x in by_seed), POINTS)
-        returns = np.array([np.interp(steps, *x) for x in by_seed])
-        mean, std = returns.mean(0), returns.std(0)
-        axis.plot(steps, mean, label="ppo.py")
-        axis.fill_between(steps, mean - std, mean + std, alpha=0.25)
-        styles = {TRAINING: "--", TUNED: "-.", BEST: ":"}
-        for source, published in PUBLISHED[task].items():
-            axis.axhline(
-                float(published.split()[0]),
-                color=COLORS[source],
-                ls=styles[KINDS[source]],
-                lw=1.5,
-                label=f"{source}, {KINDS[source].partition(',')[0]}",
-            )
+    styles = {TRAINING: "--", TUNED: "-.", BEST: ":"}
+    legend = {}
+    for axis, (task, runs) in zip(axes.flat, finished.items(), strict=False):
+        axis.set_title(f"{task} ({len(runs)} seed{'s' * (len(runs) > 1)})", fontsize=10)
         axis.tick_params(labelsize=8)
-    handles = {}
-    for axis in axes.flat:
-        handles |= {
-            label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-    figure.supxlabel("environment steps", fontsize=9)
+        draw(axis, folder, task, runs)
+        for source, published in PUBLISHED[task].items():
+            kind = KINDS[source]
+            label = f"{source}, {kind}"
+            line = {"color": COLORS[source], "ls": styles[kind], "lw": 1.5, "label": label}
+            axis.axhline(float(published.split()[0]), **line)
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    figure.supxlabel("million environment steps", fontsize=9)
     figure.supylabel("episodic return in training", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.85 / figure.get_figheight()))
-    figure.legend(handles.values(), handles, loc="upper center", ncols=3, fontsize=10)
+    figure.legend(legend.values(), legend, loc="upper center", ncols=3, fontsize=10)
     figure.savefig(folder / "curves.png", dpi=90)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    published = ROOT / "runs/benchmark"
+def draw_front(folder):
+    """Draw front.png: eight tasks, each with the best training return that is published."""
+    finished = current(folder)
+    figure, axes = plt.subplots(2, 4, figsize=(9, 4.6), layout="constrained")
+    for axis, task in zip(axes.flat, FRONT, strict=True):
+        axis.set_title(task, fontsize=11)
+        axis.tick_params(labelsize=9)
+        draw(axis, folder, task, finished.get(task, []))
+        training = [x for x in PUBLISHED[task].items() if KINDS[x[0]] == TRAINING]
+        if training:
+            source, published = max(training, key=lambda x: float(x[1].split()[0]))
+            value = float(published.split()[0])
+            axis.axhline(value, color="C1", ls="--")
+            found = re.search(r"\((.*)\)", published)
+            text = f"{source} {value:g}" + (f", {found[1]}" if found else "")
+            corner = {"transform": axis.transAxes, "ha": "right"}
+            axis.text(0.98, 0.05, text, fontsize=9, color="#b34700", **corner)
+    band = Patch(color="C0", alpha=0.25), Line2D([], [], color="C0")
+    dashes = Line2D([], [], color="C1", ls="--")
+    legend = {"ppo.py, mean and deviation over seeds": band, "best published, in training": dashes}
+    figure.legend(legend.values(), legend, loc="outside upper center", ncols=2, fontsize=10)
+    figure.supxlabel("million environment steps", fontsize=10)
+    figure.supylabel("return in training", fontsize=10)
+    figure.savefig(folder / "front.png", dpi=150)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+def parse():
+    """The options, and the tasks and seeds that have not been run with the flags of now."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--folder", type=Path, default=PUBLIC, help="of results (runs/benchmark)")
+    names = "; ".join(TASKS)
     parser.add_argument(
-        "--folder", type=Path, default=published, help="where results are (runs/benchmark)"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=TASKS,
-        default=list(TASKS),
-        metavar="TASK",
-        help="of these, by name (all): " + "; ".join(TASKS),
+        "--only", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"of {names}"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(1 to 5)")
-    parser.add_argument(
-        "--flags", default="", help="more flags for all of them, to try another setting"
-    )
+    parser.add_argument("--flags", default="", help="more flags, to try another setting")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (2)")
     args = parser.parse_args()
-    if args.flags and args.folder.resolve() == published:
-        parser.error(
-            "with --flags comes a --folder of its own, as runs/benchmark is what was published"
-        )
-    if args.processes < 1:
-        parser.error(f"--processes {args.processes} runs nothing; give 1 or more")
-    try:
-        shlex.split(args.flags)
-    except ValueError as error:
-        parser.error(f"--flags {args.flags} cannot be read: {error}")
-    TASKS.update({x: (env_id, f"{flags} {args.flags}") for x, (env_id, flags) in TASKS.items()})
+    for task, (env_id, flags) in TASKS.items():
+        TASKS[task] = env_id, f"{flags} {args.flags}"
+    lines = itertools.chain.from_iterable(current(args.folder).values())
+    finished = [(x["task"], int(x["seed"])) for x in lines]
+    there = [(x["task"], int(x["seed"])) for x in read(args.folder / "results.csv")]
+    wanted = list(itertools.product(args.only, args.seeds))
+    missing = [x for x in wanted if x not in finished]
+    if args.flags and (args.folder.resolve() == PUBLIC or set(missing) & set(there)):
+        parser.error(f"{args.folder} has runs with other flags, which would be lost")
+    return args, missing
+
+
+def main():
+    args, missing = parse()
+    print(f"{len(missing)} runs are missing", flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    finished = {
-        (x["task"], int(x["seed"])) for x in itertools.chain(*current(args.folder).values())
-    }
-    wanted = dict.fromkeys((task, seed) for task in args.only for seed in args.seeds)
-    missing = [one for one in wanted if one not in finished]
-    there = {(x["task"], int(x["seed"])) for x in read(args.folder / "results.csv")}
-    if args.flags and there.intersection(missing):
-        parser.error(
-            f"{args.folder} has these runs with other flags, which would be lost; "
-            "give each setting of --flags a --folder of its own"
-        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lock = Lock()
 
-    def job(one):
-        row, points = train(*one)
+    def job(task, seed):
+        row, points = train(task, seed)
         with lock:
             keep(args.folder, row, points)
             print(", ".join(f"{name} {row[name]}" for name in COLUMNS[:8]), flush=True)
 
     pool = ThreadPoolExecutor(args.processes)
     try:
-        for future in as_completed([pool.submit(job, one) for one in missing]):
+        for future in as_completed([pool.submit(job, *x) for x in missing]):
             future.result()
-    except KeyboardInterrupt:  # which, when it is Ctrl-C, the runs under way have received too
-        print(
-            "interrupted; runs under way are waited for, unless they were interrupted as well",
-            flush=True,
-        )
-        sys.exit(130)
-    except RuntimeError as error:
-        print(f"{error}\nruns under way are waited for", file=sys.stderr, flush=True)
-        sys.exit(1)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        sys.exit(f"{error or 'interrupted'}\nruns under way are waited for")
     finally:
         pool.shutdown(cancel_futures=True)
         if current(args.folder):
-            table(args.folder)
-            picture(args.folder)
+            write_tables(args.folder)
+            draw_curves(args.folder)
+            draw_front(args.folder)
 
 
 if __name__ == "__main__":

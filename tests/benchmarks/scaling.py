@@ -1,18 +1,18 @@
 """How ppo.py scales from one process to two under torchrun, each pinned to a core of its own.
 
-    python tests/benchmarks/scaling.py                # the tables, a quarter of an hour
-    python tests/benchmarks/scaling.py --runs 3       # with fewer runs of each
+    python tests/benchmarks/scaling.py                       # the tables, a quarter of an hour
+    python tests/benchmarks/scaling.py --runs 3              # with fewer runs of each
     python tests/benchmarks/scaling.py --only CartPole-v1
 
 The same flags are the same algorithm, so that environments and rows are those of both processes
 together. The efficiency is the throughput of two processes over twice that of one. The bound is
-that of two runs side by side which know nothing of each other, with half of the environments each:
-what two cores that share memory and power can do at most. All of them take turns. The share of time
-in all-reduce is that of the first process, and waiting for the other is in it.
+that of two runs side by side that are not connected, with half of the environments each: the most
+that two cores can do that share memory and power. All of them take turns. The share of time in
+all-reduce is that of the first process, and includes its waiting for the other.
 
-The model is of P processes with as many environments each as in the run of two. An all-reduce of b
-bytes takes 2 log2(P) latency + 2 (P - 1) / P b / bandwidth; what is not all-reduce takes as long as
-measured in the run of two; an iteration has as many of them as counted there.
+The last table is a model of P processes, each with as many environments as in the run of two. An
+all-reduce of b bytes takes 2 log2(P) latency + 2 (P - 1) / P b / bandwidth. An iteration has as
+many of them as were counted in the run of two, and all else takes as long as measured there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from speed import spread
+from speed import show_head, show_row, spread
 
 HERE = Path(__file__).parent
 PPO = HERE.parents[1] / "ppo.py"
@@ -44,7 +44,7 @@ class Workload(NamedTuple):
     num_envs: int
     num_steps: int
     iterations: int
-    flags: tuple = ()
+    flags: str = ""  # beside the preset's
 
     def command(self, share):
         """The flags of a run with this share of the environments."""
@@ -55,7 +55,7 @@ class Workload(NamedTuple):
             *("--num-envs", str(num_envs)),
             *("--num-steps", str(self.num_steps)),
             *("--total-timesteps", str(self.iterations * num_envs * self.num_steps)),
-            *self.flags,
+            *self.flags.split(),
         ]
 
     @property
@@ -63,12 +63,12 @@ class Workload(NamedTuple):
         return f"{self.env_id.split(':')[-1]}, {self.num_envs} x {self.num_steps}"
 
 
+CLEANRL = "--update-epochs 4 --learning-rate 2.5e-4 --gamma 0.99 --gae-lambda 0.95"
+SLOW = """--env-kwargs {"work":1.0}"""  # ms a step
 WORKLOADS = {
-    "CartPole-v1": Workload("CartPole-v1", 64, 128, 20, ("--preset", "none")),
-    "HalfCheetah-v5": Workload("HalfCheetah-v5", 64, 32, 10),  # with its preset
-    "MadeUp-v0": Workload(  # 1 ms a step
-        "made_up:MadeUp-v0", 8, 128, 5, ("--env-kwargs", '{"work": 1.0}', "--preset", "none")
-    ),
+    "CartPole-v1": Workload("CartPole-v1", 64, 128, 20, CLEANRL),
+    "HalfCheetah-v5": Workload("HalfCheetah-v5", 64, 32, 10),
+    "MadeUp-v0": Workload("made_up:MadeUp-v0", 8, 128, 5, f"{CLEANRL} {SLOW}"),
 }
 
 
@@ -101,21 +101,19 @@ def worker(flags):
         sizes.append(x.numel() * x.element_size())
         return result
 
-    def recording_log(self, iteration, *args):
-        log(self, iteration, *args)
-        iterations.append((time.perf_counter(), reducing, list(sizes)))
+    def recording_log(run, *args):
+        log(run, *args)
+        iterations.append((time.perf_counter(), reducing, run.batch_size, list(sizes)))
         sizes.clear()
 
     ppo.all_sum, ppo.Run.log = timed_all_sum, recording_log
     sys.argv[1:] = flags
     ppo.main()
     if ppo.RANK == 0:
-        (start, before, _), (end, after, last) = iterations[0], iterations[-1]
+        (start, before, *_), (end, after, rows, last) = iterations[0], iterations[-1]
         count = len(iterations) - 1
-        args = ppo.parse_args(flags)
         seconds = (end - start) / count
-        speed = args.num_envs * args.num_steps / seconds
-        print(json.dumps([speed, seconds, (after - before) / count, last]))
+        print(json.dumps([rows / seconds, seconds, (after - before) / count, last]))
 
 
 def start(launch, flags, core=""):
@@ -157,41 +155,41 @@ def efficiency(result, processes, latency, bandwidth):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--runs", type=int, default=5, help="of each")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="rows of the table")
     options = parser.parse_args()
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.processor()}")
     print(f"median (lowest to highest) of {options.runs} runs\n")
-    print(
-        "| | 1 process, steps/s | 2 processes, steps/s | efficiency | bound | of the bound "
-        "| in all-reduce | all-reduces an iteration |\n|---|---|---|---|---|---|---|---|"
-    )
-    middle = {}
+    show_head("steps/s", "1 process", "2 processes", "2 that are not connected")
+    others, middle = [], {}
     for name in options.only or WORKLOADS:
         workload = WORKLOADS[name]
         runs = [measure(workload) for _ in range(options.runs)]
-        cells = [
-            workload.name,
-            spread([one for one, _, _ in runs]),
-            spread([two.speed for _, _, two in runs]),
-            spread([two.speed / one / 2 for one, _, two in runs], ".0%"),
-            spread([apart / one / 2 for one, apart, _ in runs], ".0%"),
-            spread([two.speed / apart for _, apart, two in runs], ".0%"),
-            spread([two.reducing / two.seconds for _, _, two in runs], ".0%"),
-            str(len(runs[0][2].sizes)),
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        one = spread([one for one, _, _ in runs])
+        two = spread([two.speed for _, _, two in runs])
+        show_row([workload.name, one, two, spread([apart for _, apart, _ in runs])])
+        others.append(
+            [
+                workload.name,
+                spread([two.speed / one / 2 for one, _, two in runs], ".0%"),
+                spread([apart / one / 2 for one, apart, _ in runs], ".0%"),
+                spread([two.reducing / two.seconds for _, _, two in runs], ".0%"),
+                str(len(runs[0][2].sizes)),
+            ]
+        )
         middle[workload.name] = sorted(two for _, _, two in runs)[options.runs // 2]
+    print()
+    show_head("", "efficiency", "bound", "in all-reduce", "all-reduces an iteration")
+    for cells in others:
+        show_row(cells)
     print("\nA model, not a measurement, of the efficiency of more processes:\n")
-    names = " | ".join(f"{processes} processes" for processes in PROCESSES)
-    print(f"| | latency, bandwidth | {names} |\n|---|---|{'---|' * len(PROCESSES)}")
+    show_head("", "latency, bandwidth", *(f"{count} processes" for count in PROCESSES))
     for name, result in middle.items():
         for network, (latency, bandwidth) in NETWORKS.items():
             cells = [f"{efficiency(result, count, latency, bandwidth):.0%}" for count in PROCESSES]
-            print(f"| {name} | {network} | {' | '.join(cells)} |")
+            show_row([name, network, *cells])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) and other peers on the same work, and
-beside its environments.
+"""How fast ppo.py is, beside Stable-Baselines3's PPO (SB3) and other peers on the same work.
 
-    python tests/benchmarks/speed.py                       # the table, half an hour
+    python tests/benchmarks/speed.py                       # beside SB3, half an hour
     python tests/benchmarks/speed.py --only cartpole-4     # some of its rows
     python tests/benchmarks/speed.py --peers folder        # beside more peers than SB3
     python tests/benchmarks/speed.py --until               # seconds until a return is reached
@@ -10,24 +9,23 @@ beside its environments.
     python tests/benchmarks/speed.py --modes               # which --vectorization-mode for what
 
 All programs are given the same environments, networks, initialisation, optimizer, rollouts,
-minibatches, epochs and normalisation, as far as they can be told; peers/ has what each is told, and
-says what is different. SB3 steps environments one by one in any case; in the rows that say so,
-ppo.py steps the environment's own vector version. Each run is a process of its own on one torch
-thread (with images: on as many as torch likes), and the programs take turns. Steps per second leave
-out the start-up, and with --compile and of the peers the first rollout and its update, in which
-functions are compiled; --until counts all seconds from the command to its end. The bound is
-stepping the same vector environment with random actions. Memory is the peak of the process's
-resident set. Games are played under the same conditions, by ALE's vector version in ppo.py and by
-the wrappers of SB3 in SB3, and rewards are clipped by sign instead of normalised.
+minibatches, epochs and scaling, as far as they can be told; peers/ has what each is told, and says
+what is different. Each run is a process of its own on one torch thread (with images: on as many as
+torch likes), and the programs take turns. Steps per second leave out the start-up, and of ppo.py
+and the compiled peers the first iteration; --until counts all seconds from the command to its end.
+The bound is stepping the same environments with random actions. Memory is the peak of the process's
+resident set.
 
-In the steps of ppo.py and of the bound are those that only reset an environment, 0.3 to 2 % of
-all (with random actions 4 % on CartPole); SB3 resets within the step that ends an episode. ppo.py
-writes TensorBoard's files and SB3 none. SB3 updates its running statistics in every step, ppo.py
-after every rollout.
+What is not the same: SB3 steps environments one by one, while ppo.py, in the rows that say so,
+steps the environment's own vector version. Games are played by ALE's vector version in ppo.py, by
+the wrappers of SB3 in SB3. The steps of ppo.py and of the bound that only reset an environment
+count, 0.3 to 2 % of all (with random actions 4 % on CartPole); SB3 resets within the last step of
+an episode. ppo.py writes TensorBoard's files, SB3 none. SB3 updates its running statistics in every
+step, ppo.py after every rollout.
 
-SB3 comes with tests/benchmarks/requirements.txt. The other peers have virtual environments of their
-own in the folder that --peers names; those that are not there are left out, with the command that
-makes them.
+SB3 comes with tests/benchmarks/requirements.txt. Other peers have virtual environments of their own
+in the folder that --peers names. Those that are not there are left out, and the script prints the
+command that makes them.
 """
 
 import argparse
@@ -45,6 +43,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
@@ -91,7 +91,7 @@ class Workload:
             scaling = "--no-norm-obs --no-norm-reward --clip-reward"
         norm_adv = "--norm-adv" if self.norm_adv else "--no-norm-adv"
         recompute = "--recompute-advantages" if self.recompute_advantages else ""
-        return f"""--preset none --env-id {self.env_id} --num-envs {self.num_envs}
+        return f"""--preset discrete --env-id {self.env_id} --num-envs {self.num_envs}
             --vectorization-mode {mode} --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
             --learning-rate {self.learning_rate} --anneal-lr --gamma 0.99 --gae-lambda 0.95
@@ -211,14 +211,41 @@ def run(*command, threads="1"):
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         text = out.read()
-    if process.returncode:
-        sys.exit(f"{command} failed:\n{text}")
+        if process.returncode:
+            sys.exit(f"{command} failed:\n{text}")
+        speed = logged_speed(folder)
     speeds = re.findall(r"([\d,.]+) steps/s", text)
     reached = re.search(r"reached at step (\d+)", text)
-    speed = float(speeds[-1].replace(",", "")) if speeds else None
+    if speed is None and speeds:
+        speed = float(speeds[-1].replace(",", ""))
     megabytes = usage.ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     busy = (usage.ru_utime + usage.ru_stime) / seconds
     return Result(speed, megabytes, seconds, busy, int(reached[1]) if reached else None)
+
+
+def logged_speed(folder):
+    """Steps/s of ppo.py's run in a folder after its first iteration, by its TensorBoard log."""
+    for path in Path(folder).glob("runs/*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if "charts/SPS" in events.Tags()["scalars"]:
+            points = events.Scalars("charts/SPS")
+            seconds = points[-1].wall_time - points[0].wall_time
+            return (points[-1].step - points[0].step) / seconds if seconds else None
+    return None
+
+
+def in_turn(commands, seed):
+    """Of programs that take turns, who goes first changes with the seed."""
+    return list(commands)[:: 1 if seed % 2 else -1]
+
+
+def show_row(cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def show_head(*columns):
+    show_row(columns)
+    print("|---" * len(columns) + "|")
 
 
 def spread(values, form=",.0f"):
@@ -227,13 +254,9 @@ def spread(values, form=",.0f"):
 
 
 def compare(names, runs):
-    """Print a row for each workload and mode: medians, in brackets the lowest and the highest."""
-    print(
-        "| | ppo.py, steps/s | with --compile | SB3, steps/s | ratio | with --compile "
-        "| bound, steps/s | share | MB, ppo.py | with --compile | MB, SB3 |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    medians = {}
+    """Print rows for each workload and mode: medians, in brackets the lowest and the highest."""
+    show_head("steps/s", "ppo.py", "ppo.py --compile", "SB3")
+    others = []  # the rows of the second table
     for name in names:
         workload, results = WORKLOADS[name], collections.defaultdict(list)
         spec = json.dumps(dataclasses.asdict(workload))
@@ -243,30 +266,26 @@ def compare(names, runs):
                 commands["ppo.py", mode] = ours(workload, mode, seed)
                 commands["compiled", mode] = ours(workload, mode, seed, "--compile")
                 commands["bound", mode] = (sys.executable, "-c", RANDOM_ACTIONS, spec, mode)
-            for program in list(commands)[:: 1 if seed % 2 else -1]:  # who goes first changes
+            for program in in_turn(commands, seed):
                 results[program].append(run(*commands[program], threads=workload.threads))
         for mode in workload.modes:
             eager, compiled = results["ppo.py", mode], results["compiled", mode]
-            theirs, bound = results["SB3"], results["bound", mode]
-            shares = [a.speed / b.speed for a, b in zip(eager, bound, strict=True)]
-            medians[name, mode] = statistics.median(x.speed for x in eager)
-            programs = eager, compiled, theirs
-            cells = [
-                f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}",
-                *[spread([x.speed for x in program]) for program in programs],
-                *[spread(ratios(program, theirs), ",.2f") for program in (eager, compiled)],
-                f"{statistics.median(x.speed for x in bound):,.0f}",
-                f"{statistics.median(shares):.0%}",
-                *[
-                    f"{statistics.median(x.megabytes for x in program):,.0f}"
-                    for program in programs
-                ],
-            ]
-            cells[0] += ", its own vector version" if mode == NATIVE else ""
-            print(f"| {' | '.join(cells)} |", flush=True)
-    few, many = ("cartpole-4", SYNC), ("cartpole-256", NATIVE)
-    if few in medians and many in medians:
-        print(f"\nsteps/s of 256 environments over those of 4: {medians[many] / medians[few]:.1f}")
+            programs = eager, compiled, results["SB3"]
+            title = f"{workload.env_id.split(':')[-1]}, {workload.num_envs} x {workload.num_steps}"
+            title += ", own vector version" if mode == NATIVE else ""
+            show_row([title, *(spread([x.speed for x in program]) for program in programs)])
+            bound = statistics.median(x.speed for x in results["bound", mode])
+            share = statistics.median(ratios(eager, results["bound", mode]))
+            cells = [title, *(spread(ratios(x, results["SB3"]), ".2f") for x in (eager, compiled))]
+            cells += [f"{bound:,.0f}", f"{share:.0%}"]
+            for program in programs:
+                cells.append(f"{statistics.median(x.megabytes for x in program):,.0f}")
+            others.append(cells)
+    print()
+    columns = ["ratio to SB3", "ratio with --compile", "bound, steps/s", "share of it"]
+    show_head("", *columns, "MB, ppo.py", "--compile", "SB3")
+    for cells in others:
+        show_row(cells)
 
 
 def ratios(results, others):
@@ -291,213 +310,166 @@ def peers_of(folder):
 
 def results_of_peers(workload, runs, peers):
     """Results of ppo.py, without and with --compile, and of the peers, run in turn."""
-    results = {name: [] for name in ("ppo.py", "--compile", *peers)}
+    results = {name: [] for name in ("ppo.py", "ppo.py --compile", *peers)}
     spec = json.dumps(dataclasses.asdict(workload))
     for seed in range(1, runs + 1):
         commands = {
             "ppo.py": ours(workload, SYNC, seed),
-            "--compile": ours(workload, SYNC, seed, "--compile"),
+            "ppo.py --compile": ours(workload, SYNC, seed, "--compile"),
         }
         for name, command in peers.items():
             if workload.env_id in RUNS_WHAT[name]:
                 commands[name] = (*command, spec, seed)
-        for name in list(commands)[:: 1 if seed % 2 else -1]:
+        for name in in_turn(commands, seed):
             results[name].append(run(*commands[name], threads=workload.threads))
-    return results
+    return {name: x for name, x in results.items() if x}
 
 
 def compare_peers(names, runs, folder):
     """Print steps/s of ppo.py and its peers, and their ratio to SB3's."""
     peers = peers_of(folder)
-    columns = ["", "ppo.py", "ppo.py --compile", *peers]
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    show_head("work", "program", "steps/s", "ratio to SB3")
     for name in names:
         workload = WITH_PEERS[name]
         results = results_of_peers(workload, runs, peers)
-        cells = [workload.title]
-        for other in results.values():
-            if other:
-                times = statistics.median(ratios(other, results["SB3"]))
-                cells.append(f"{spread([x.speed for x in other])}; {times:.2f}")
-            else:
-                cells.append("")
-        print(f"| {' | '.join(cells)} |", flush=True)
+        for program, others in results.items():
+            ratio = statistics.median(ratios(others, results["SB3"]))
+            show_row([workload.title, program, spread([x.speed for x in others]), f"{ratio:.2f}"])
 
 
 def until(names, runs, folder):
     """Print the seconds, from the command to its end, until a return is reached."""
     peers = {x: command for x, command in peers_of(folder).items() if x not in ("rejax", "rltools")}
-    columns = ["", "ppo.py", "ppo.py --compile", *peers]
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    show_head("work, until", "program", "seconds", "steps", "runs that reached it")
     for name in names:
         workload = UNTIL[name]
-        cells = [f"{workload.title}, until {workload.target:,}"]
-        for results in results_of_peers(workload, runs, peers).values():
+        for program, results in results_of_peers(workload, runs, peers).items():
             reached = [x for x in results if x.reached is not None]
-            cell = f"{spread([x.seconds for x in reached])} s" if reached else ""
+            cells = [f"{workload.title}, until {workload.target:,}", program, "", ""]
             if reached:
-                cell += f", {statistics.median(x.reached for x in reached):,.0f} steps"
-            if len(reached) < len(results):
-                cell += f" ({len(results) - len(reached)} of {len(results)} did not reach it)"
-            cells.append(cell)
-        print(f"| {' | '.join(cells)} |", flush=True)
+                cells[2] = spread([x.seconds for x in reached])
+                cells[3] = f"{statistics.median(x.reached for x in reached):,.0f}"
+            show_row([*cells, f"{len(reached)} of {len(results)}"])
 
 
 def compare_versions(names, runs, other):
     """Print steps/s of this ppo.py and of another one, which take turns, and their ratio."""
-    print(f"| | ppo.py, steps/s | {other}, steps/s | ratio |\n|---|---|---|---|")
+    show_head("", "ppo.py, steps/s", f"{other}, steps/s", "ratio")
     for name in names:
-        workload, speeds = WORKLOADS[name], {PPO: [], other: []}
-        for seed in range(1, runs + 1):
-            for program in list(speeds)[:: 1 if seed % 2 else -1]:  # who goes first changes
-                flags = [*workload.flags(workload.modes[0]), "--seed", seed]
-                result = run(sys.executable, program, *flags, threads=workload.threads)
-                speeds[program].append(result.speed)
-        ratios = [a / b for a, b in zip(speeds[PPO], speeds[other], strict=True)]
-        cells = [name, spread(speeds[PPO]), spread(speeds[other]), spread(ratios, ",.2f")]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        workload = WORKLOADS[name]
+        for more in ([], ["--compile"]):
+            results = {PPO: [], other: []}
+            for seed in range(1, runs + 1):
+                for program in in_turn(results, seed):
+                    flags = [*workload.flags(workload.modes[0]), "--seed", seed, *more]
+                    result = run(sys.executable, program, *flags, threads=workload.threads)
+                    results[program].append(result)
+            cells = [" ".join([name, *more])]
+            cells += [spread([x.speed for x in results[program]]) for program in (PPO, other)]
+            show_row([*cells, spread(ratios(results[PPO], results[other]), ".2f")])
 
 
 def start_up(runs):
     """Print the seconds of a run of one iteration, from its command to its exit, and of imports."""
-    one, seconds = (
-        dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1),
-        collections.defaultdict(list),
-    )
+    one = dataclasses.replace(WORKLOADS["cartpole-4"], iterations=1)
+    seconds = collections.defaultdict(list)
     for seed in range(runs + 1):
         seconds["ppo.py"].append(run(*ours(one, SYNC, seed)).seconds)
         seconds["imports"].append(run(sys.executable, "-c", BARE_IMPORTS).seconds)
         seconds["SB3"].append(run(*sb3(one, seed)).seconds)
-    # The first may have read the files from the disk.
-    warm = {name: x[1:] for name, x in seconds.items()}
-    more = [a - b for a, b in zip(warm["ppo.py"], warm["imports"], strict=True)]
+    warm = {name: x[1:] for name, x in seconds.items()}  # the first may have read from the disk
     print(
         f"\na run of one iteration, from the command to its exit: {spread(warm['ppo.py'], '.2f')} s"
     )
+    print(f"of SB3: {spread(warm['SB3'], '.2f')} s")
     print(f"importing torch, gymnasium and tensorboard alone: {spread(warm['imports'], '.2f')} s")
-    print(f"difference: {spread(more, '.2f')} s; SB3's run: {spread(warm['SB3'], '.2f')} s")
 
 
-class Clock:
-    """Adds up the time spent in functions, each replaced by one that is timed."""
-
-    def __init__(self):
-        self.seconds, self.calls = collections.Counter(), collections.Counter()
-
-    def time(self, owner, name, label):
-        function = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.seconds[label] += time.perf_counter() - start
-            self.calls[label] += 1
-            return result
-
-        setattr(owner, name, timed)
-
-
-def profile(name, mode):
-    """Print the time of an iteration by phase, taken at the functions that ppo.py is made of."""
+def profile(name):
+    """Print how much of an iteration is spent in which function of ppo.py."""
     sys.path[:0] = [str(PPO.parent), str(HERE)]
     import torch
 
     import ppo
 
-    clock, make_envs, log = Clock(), ppo.make_envs, ppo.Run.log
-    iterations = []  # of each: its phases, the parts of these, and calls
+    labels = []
+    seconds, calls = collections.Counter(), collections.Counter()
+    iterations = []  # of each: when it ended, and both counters at that time
 
-    def timed_envs(*args):
-        envs = make_envs(*args)
-        clock.time(envs, "step", "envs.step")
-        return envs
+    def clock(owner, name, label):
+        """Replace a function by one whose calls are counted and timed."""
+        function = getattr(owner, name)
+        labels.append(label)
 
-    def timed_log(*args):
-        start = time.perf_counter()
-        log(*args)
-        phases = {
-            name: clock.seconds[name] for name in ("collect", "estimate_advantages", "update")
-        }
-        phases["log"] = time.perf_counter() - start
-        iterations.append((phases, dict(clock.seconds), dict(clock.calls)))
-        clock.seconds.clear()
-        clock.calls.clear()
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[label] += time.perf_counter() - start
+            calls[label] += 1
+            if label == "Run.save":
+                iterations.append((time.perf_counter(), seconds.copy(), calls.copy()))
+            return result
 
-    ppo.make_envs, ppo.Run.log = timed_envs, timed_log
-    adam = torch.optim.Adam
-    parts = {
-        "collect": {"envs.step": None, "Agent.act": ppo.Agent, "Agent.to_env": ppo.Agent},
-        "estimate_advantages": {"logprob_and_value": ppo, "gae": ppo},
-        "update": {
-            "ppo_loss": ppo,
-            "Tensor.backward": torch.Tensor,
-            "clip_gradients": ppo,
-            "Adam.zero_grad": adam,
-            "Adam.step": adam,
-        },
-        "log": {},
-    }
-    for phase in ("collect", "estimate_advantages", "update"):
-        clock.time(ppo, phase, phase)
-    for owners in parts.values():
-        for label, owner in owners.items():
-            if owner is not None:  # envs.step is timed where the environments are made
-                clock.time(owner, label.split(".")[-1], label)
+        setattr(owner, name, timed)
+
+    clock(ppo, "collect", "collect")
+    clock(ppo.RecordEpisodeStatistics, "step", "- envs.step")
+    clock(ppo.Agent, "act", "- Agent.act")
+    clock(ppo.CategoricalHead, "to_env", "- CategoricalHead.to_env")
+    clock(ppo.GaussianHead, "to_env", "- GaussianHead.to_env")
+    clock(ppo.RewardScaler, "update", "RewardScaler.update")
+    clock(ppo, "estimate_advantages", "estimate_advantages")
+    clock(ppo, "gae", "- gae")
+    clock(ppo, "update", "update")
+    clock(ppo, "ppo_loss", "- ppo_loss")
+    clock(torch.Tensor, "backward", "- Tensor.backward")
+    clock(torch.nn.utils, "clip_grad_norm_", "- clip_grad_norm_")
+    clock(torch.optim.Adam, "zero_grad", "- Adam.zero_grad")
+    clock(torch.optim.Adam, "step", "- Adam.step")
+    clock(ppo.RunningStats, "update", "RunningStats.update, of returns and observations")
+    clock(ppo.Run, "log", "Run.log")
+    clock(ppo.Run, "save", "Run.save")
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        ppo.train(ppo.tyro.cli(ppo.Args, args=workload.flags(mode)))
+        ppo.train(ppo.parse_args(workload.flags(workload.modes[0])))
         os.chdir(HERE)  # the folder is about to go
-    print(f"\n{name}, {mode}, by medians over the iterations\n")
-    print_profile(parts, iterations)
-
-
-def print_profile(parts, iterations):
-    """Print a row for each phase, and for each function that is timed within it."""
-    phases, seconds, calls = zip(*iterations[2:], strict=True)  # the first ones are slower
-
-    def median(column, label):
-        return statistics.median(x[label] for x in column)
-
-    total = sum(median(phases, phase) for phase in parts)
-    print(f"an iteration takes {total * 1e3:.1f} ms\n")
-    print("| phase | ms | share | calls | us a call |\n|---|---|---|---|---|")
-    for phase, labels in parts.items():
-        whole = rest = median(phases, phase)
-        print(f"| **{phase}** | {whole * 1e3:.2f} | {whole / total:.0%} | | |")
-        for label in labels:
-            part, count = median(seconds, label), median(calls, label)
-            rest -= part
-            print(f"| {label} | {part * 1e3:.2f} | {part / total:.0%} ", end="")
-            print(f"| {count:.0f} | {part / count * 1e6:,.0f} |")
-        if labels:
-            print(f"| the rest | {rest * 1e3:.2f} | {rest / total:.0%} | | |")
+    start, seconds_before, calls_before = iterations[1]  # the first ones are slower
+    end, seconds, calls = iterations[-1]
+    count = len(iterations) - 2
+    total = (end - start) / count
+    print(f"\n{name}: an iteration takes {total * 1e3:.1f} ms, of which are spent in\n")
+    show_head("function (- within the one above)", "ms", "share", "calls", "us a call")
+    for label in labels:
+        part = (seconds[label] - seconds_before[label]) / count
+        number = (calls[label] - calls_before[label]) / count
+        if number:
+            cells = [f"{part * 1e3:.2f}", f"{part / total:.0%}", f"{number:.0f}"]
+            show_row([label, *cells, f"{part / number * 1e6:,.0f}"])
+    if workload.recompute_advantages:
+        print("\nAll calls of estimate_advantages but one are within update.")
 
 
 def modes(runs):
     """Print steps/s of the modes and the processors kept busy, for ever slower steps."""
-    print("| 8 environments | sync | async | vector_entry_point |\n|---|---|---|---|")
+    show_head("8 environments", SYNC, "async", NATIVE)
     base = dataclasses.replace(WORKLOADS["cartpole-4"], num_envs=8, iterations=100)
+    made_up = dataclasses.replace(base, env_id="made_up:MadeUp-v0", num_steps=64)
     cases = [("CartPole-v1, about 0.01 ms a step", base, {}, (SYNC, "async", NATIVE))]
     for work, iterations in (0.03, 80), (0.1, 60), (0.3, 40), (1.0, 20), (3.0, 10):
-        title = f"made up, {work} ms a step"
-        slow = dataclasses.replace(
-            base, env_id="made_up:MadeUp-v0", num_steps=64, iterations=iterations
-        )
-        cases.append((title, slow, {"work": work}, (SYNC, "async")))
+        workload = dataclasses.replace(made_up, iterations=iterations)
+        cases.append((f"made up, {work} ms a step", workload, {"work": work}, (SYNC, "async")))
     for title, workload, kwargs, names in cases:
-        results = collections.defaultdict(list)
-        for _ in range(runs):
-            for mode in names:
-                results[mode].append(
-                    run(*ours(workload, mode, 1, "--env-kwargs", json.dumps(kwargs)))
-                )
-        cells = []
-        for mode in (SYNC, "async", NATIVE):
-            busy = [x.busy for x in results[mode]]
-            speeds = [x.speed for x in results[mode]]
-            cells.append(f"{spread(speeds)}, {statistics.median(busy):.1f} busy" if speeds else "")
-        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+        results = {mode: [] for mode in names}
+        for seed in range(1, runs + 1):
+            for mode in in_turn(names, seed):
+                command = ours(workload, mode, seed, "--env-kwargs", json.dumps(kwargs))
+                results[mode].append(run(*command))
+        cells = [title]
+        for x in results.values():
+            busy = statistics.median(result.busy for result in x)
+            cells.append(f"{spread([result.speed for result in x])}, {busy:.1f} busy")
+        show_row(cells + [""] * (3 - len(names)))
 
 
 def installed(package):
@@ -509,11 +481,9 @@ def installed(package):
 
 def parse():
     """The options, with `names`, the rows that are asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--runs", type=int, default=5, help="of each program")
-    parser.add_argument("--native", action="store_true", help=f"profile with {NATIVE}")
     parser.add_argument("--only", nargs="+", help="rows of the table")
     parser.add_argument("--peers", type=Path, help="folder of the peers' virtual environments")
     what = parser.add_mutually_exclusive_group()
@@ -532,12 +502,6 @@ def parse():
     options.names = options.only or list(table)
     if not set(options.names) <= set(table):
         parser.error(f"--only takes some of {', '.join(table)}")
-    if options.runs < 1:
-        parser.error("--runs must be at least 1")
-    if options.native and NATIVE not in WORKLOADS[options.profile or "cartpole-4"].modes:
-        parser.error(
-            "--native is for the profile of a workload that has a vector version of its own"
-        )
     return options
 
 
@@ -559,7 +523,7 @@ def main():
         workload = WORKLOADS[options.profile]
         if workload.threads is not None:
             os.environ["OMP_NUM_THREADS"] = workload.threads
-        profile(options.profile, NATIVE if options.native else workload.modes[0])
+        profile(options.profile)
         return
     print(f"median (lowest to highest) of {runs} runs\n")
     if options.against:

@@ -15,10 +15,11 @@ target = float(sys.argv.pop(1))
 save = ppo.Run.save
 
 
-def save_until_reached(run, iteration):
-    save(run, iteration)
-    if len(run.returns) == 100 and np.mean(run.returns) >= target:
-        print(f"reached at step {iteration * run.args.batch_size}")
+def save_until_reached(run):
+    save(run)
+    returns = run.envs.return_queue
+    if len(returns) == 100 and np.mean(returns) >= target:
+        print(f"reached at step {run.step}")
         sys.exit(0)
 
 
