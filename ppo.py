@@ -1135,7 +1135,7 @@ def load(path: str) -> dict:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["args"] = Args(**checkpoint["args"])
     checkpoint["file"] = file
-    checkpoint["folder"] = os.path.dirname(file)
+    checkpoint["folder"] = os.path.dirname(file) or "."
     return checkpoint
 
 

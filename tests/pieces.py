@@ -36,9 +36,9 @@ class Learner:
     def __init__(self, envs, args: ppo.Args, agent_class: type[ppo.Agent]):
         self.envs = envs
         self.args = args
-        self.agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         on_cpu = replace(args, device="cpu")  # as the tensors are that tests compare with
-        ppo.set_up(on_cpu, self.agent)
+        ppo.set_up(on_cpu, ppo.is_image(envs.single_observation_space))
+        self.agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         self.optimizer = torch.optim.Adam(
             self.agent.parameters(), args.learning_rate, eps=1e-5, fused=True
         )

@@ -44,7 +44,7 @@ MOST_LINES = {  # added or changed
 def fork_folder(name):
     """A folder with a copy of ppo.py that a patch is applied to."""
     folder = fork_folder.root / name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / "ppo.py", folder)
     shutil.copy(ROOT / ".ruff.toml", folder)
     # Without the ceiling, git would look for a repository that the folder may be in.

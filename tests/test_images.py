@@ -120,14 +120,11 @@ def test_images_are_stored_as_bytes():
 )
 def test_images_go_to_cuda_and_vectors_do_not(shape, at_hand, device, monkeypatch):
     """And the number of threads is torch's own for convolutions, one for small layers."""
-    threads, devices = [], []
+    threads = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: at_hand)
-    agent = ppo.Agent(pixels(*shape), spaces.Discrete(2), ppo.Args())
-    monkeypatch.setattr(agent, "to", devices.append)
-    ppo.set_up(ppo.Args(), agent)
-    assert devices == [device]
+    assert ppo.set_up(ppo.Args(), ppo.is_image(pixels(*shape))) == device
     assert threads == ([1] if len(shape) == 1 else [])
 
 
