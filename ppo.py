@@ -28,6 +28,7 @@ V(obs[t + 1]) is the bootstrap of an episode that was truncated.
 [Details]  Huang et al. 2022, The 37 Implementation Details of PPO, ICLR Blog Track
 """
 
+import atexit
 import functools
 import itertools
 import json
@@ -623,10 +624,8 @@ def update(
 
 
 def train(args: Args, agent_class: type[Agent] = Agent, saved: dict | None = None) -> Agent:
-    """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`.
-
-    `saved` is what `load` has returned. Raises InputError before anything is written.
-    """
+    """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`."""
+    # `saved` is what `load` has returned for args.resume, if it was called.
     with open_envs(args) as envs:
         device = set_up(args, is_image(envs.single_observation_space))
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
@@ -906,7 +905,7 @@ def seed_generators(seed: int, *key: int) -> int:
     return env_seed % 2**30  # native vector environments accept less than 2**31
 
 
-def set_up(args: Args, images: bool) -> str:
+def set_up(args: Args, images: bool):
     """Connect the processes, set torch's threads and cuDNN, and return the device."""
     name = args.device
     if name == "auto":
@@ -916,12 +915,13 @@ def set_up(args: Args, images: bool) -> str:
     if name == "cpu" and not images and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.compile:
+    if args.compile or WORLD_SIZE > 1:  # loaded after the processes connect, it hinders their end
         torch._dynamo.config.trace_autograd_ops = True  # else `backward` could not be compiled
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # By default there would be nccl alone where there is a GPU, also for tensors on the CPU.
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backends)
+        atexit.register(distributed.destroy_process_group)
     if args.capture_video and RANK == 0:
         with tempfile.TemporaryDirectory() as folder:  # to say now what cannot be filmed
             envs = make_envs(args, 1, os.path.join(folder, "videos", "film"))
@@ -1045,8 +1045,7 @@ class Run:
             return
         self.times.append(time.monotonic())
         seconds = self.times[-1] - self.times[0]
-        num_iterations = len(self.times) - 1
-        speed = num_iterations * self.batch_size / seconds
+        speed = (len(self.times) - 1) * self.batch_size / seconds
         scalars = {f"losses/{name}": x.item() for name, x in losses.items()}
         explained = 1 - variance[0] / variance[1]
         scalars["losses/explained_variance"] = explained.item()
