@@ -41,6 +41,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -184,7 +185,7 @@ class RunningStats(nn.Module):
         delta = x_mean - self.mean.cpu()
         within = (1 - weight) * self.std.cpu().square() + weight * x_var
         between = weight * (1 - weight) * delta.square()
-        self.mean.copy_(self.mean.cpu() + weight * delta)
+        self.mean += (weight * delta).to(self.mean)
         std = (within + between).sqrt()
         self.std.copy_(std.clamp(min=1e-4))  # never divide by almost 0
         self.count += int(count)
@@ -623,16 +624,15 @@ def update(
     return infos
 
 
-def train(args: Args, agent_class: type[Agent] = Agent, saved: dict | None = None) -> Agent:
+def train(args: Args, agent_class: type[Agent] = Agent) -> Agent:
     """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`."""
-    # `saved` is what `load` has returned for args.resume, if it was called.
     with open_envs(args) as envs:
         device = set_up(args, is_image(envs.single_observation_space))
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
         # eps: [Details] #3; fused: one kernel for all parameters, which is faster
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-        run = Run(args, envs, agent, optimizer, saved)
+        run = Run(args, envs, agent, optimizer)
         obs, done = reset(envs, args, run.step)
         while run.step < args.total_timesteps and not run.stopped():
             remaining = 1 - run.step / args.total_timesteps  # from 1 towards 0
@@ -645,7 +645,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, saved: dict | None = Non
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
             infos = update(agent, optimizer, rollout, batch, args, epsilon)
-            if agent.obs_stats is not None:  # only now, as this changes the policy
+            if agent.obs_stats is not None:  # only now, as it changes pi; the first is not scaled
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
             run.log(rollout, batch, infos)
@@ -678,7 +678,7 @@ ATARI = {  # what games have beside the preset for images
 RANGES = {  # the least and the most; a flag that is None is off
     "seed eval_episodes learning_rate max_grad_norm": (0, math.inf),
     "target_kl clip_coef ent_coef vf_coef": (0, math.inf),
-    "num_envs total_timesteps num_steps num_minibatches": (1, math.inf),
+    "num_envs total_timesteps num_steps num_minibatches hidden_sizes": (1, math.inf),
     "update_epochs checkpoint_interval dual_clip": (1, math.inf),
     "gamma gae_lambda": (0, 1),
     "log_std_init": (-20, 2),
@@ -690,7 +690,8 @@ def check(args: Args) -> None:
     for names, (low, high) in RANGES.items():
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not low <= value <= high:
+            values = [] if value is None else np.ravel(value)
+            if not all(low <= x <= high for x in values):
                 limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise InputError(f"--{name.replace('_', '-')} must be {limits}, not {value}.")
     if args.num_envs % WORLD_SIZE != 0:
@@ -711,17 +712,18 @@ def choose_preset(args: Args) -> str:
         return "continuous" if is_box else "discrete"
 
 
-def parse(argv: list[str] | None = None) -> tuple:
-    """The arguments of a command line, and the checkpoint that they name, if they do."""
+def parse_args(argv: list[str] | None = None) -> Args:
+    """What a command line asks for, such as ["--env-id", "Pendulum-v1"], its preset included."""
     # The first pass finds what decides on the defaults. The second parses and helps with them.
     first, _ = tyro.cli(CommandLine, args=argv, return_unknown_args=True, add_help=False)
+    if not isinstance(first.env_kwargs, dict):
+        raise InputError('--env-kwargs must be an object in JSON, such as {"size": 5}.')
     name = first.preset
     path = first.evaluate or first.resume
     if path is not None:
-        checkpoint = load(path)
-        defaults = vars(checkpoint["args"]) | PRESETS.get(name, {})
+        saved = load(path)["args"]
+        defaults = vars(saved) | PRESETS.get(name, {})
     else:
-        checkpoint = None
         game = ATARI if is_atari(first.env_id) else {}
         if name == "auto":
             name = choose_preset(replace(first, **game))
@@ -731,12 +733,6 @@ def parse(argv: list[str] | None = None) -> tuple:
     del flags["preset"]
     args = Args(**flags)
     check(args)
-    return args, checkpoint
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """What a command line asks for, such as ["--env-id", "Pendulum-v1"], its preset included."""
-    args, _ = parse(argv)
     return args
 
 
@@ -889,7 +885,21 @@ def open_envs(args: Args) -> Iterator[RecordEpisodeStatistics]:
     envs.close()
 
 
-# --- 8. Processes, device, seeds ------------------------------------------------------------------
+# --- 8. Signals, processes, device, seeds ---------------------------------------------------------
+STOP = []  # the number of the signal that is to end the run, if one has come
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+if hasattr(signal, "SIGUSR1"):  # not on Windows; Slurm can send it before it ends a job
+    SIGNALS.add(signal.SIGUSR1)
+
+
+def request_stop(signum: int, _) -> None:
+    """Ask the run to end after this iteration; a second signal ends the process at once."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    STOP.append(signum)
+    os.write(2, b"\nppo.py: stopping; a second signal ends it at once\n")  # as print() is not safe
+
+
 # torchrun sets these. Without it there is one process.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0  # process 0 writes and speaks for all
@@ -966,9 +976,7 @@ class NonFiniteError(FloatingPointError):
 class Run:
     """The folder of a run, its checkpoints and TensorBoard log, and what the console shows."""
 
-    def __init__(
-        self, args: Args, envs: VectorEnv, agent: Agent, optimizer: Optimizer, saved: dict | None
-    ):
+    def __init__(self, args: Args, envs: VectorEnv, agent: Agent, optimizer: Optimizer):
         self.args = replace(args, resume=None)
         self.envs = envs
         self.agent = agent
@@ -980,9 +988,8 @@ class Run:
         self.step = 0  # of all environments together
         self.best = -math.inf
         self.folder = None
-        if args.resume is not None and saved is None:
+        if args.resume is not None:
             saved = load(args.resume)
-        if saved is not None:
             with naming(saved["file"]):
                 agent.load_state_dict(saved["agent"])
                 optimizer.load_state_dict(saved["optimizer"])
@@ -1131,6 +1138,8 @@ def load(path: str) -> dict:
     """
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     with naming(file):
+        if zipfile.ZipFile(file).testzip() is not None:  # torch does not look at checksums
+            raise ValueError("the file is damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["args"] = Args(**checkpoint["args"])
     checkpoint["file"] = file
@@ -1206,20 +1215,6 @@ def evaluate(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
 
 
 # --- 11. Main -------------------------------------------------------------------------------------
-STOP = []  # the number of the signal that is to end the run, if one has come
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-if hasattr(signal, "SIGUSR1"):  # not on Windows; Slurm can send it before it ends a job
-    SIGNALS.add(signal.SIGUSR1)
-
-
-def request_stop(signum: int, _) -> None:
-    """Ask the run to end after this iteration; a second signal ends the process at once."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    STOP.append(signum)
-    os.write(2, b"\nppo.py: stopping; a second signal ends it at once\n")  # as print() is not safe
-
-
 def main(agent_class: type[Agent] = Agent) -> None:
     """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
     STOP.clear()
@@ -1227,13 +1222,14 @@ def main(agent_class: type[Agent] = Agent) -> None:
         signal.signal(number, request_stop)
     sys.path.append(os.getcwd())  # for module:Env-v0
     try:
-        args, checkpoint = parse()
+        args = parse_args()
         if args.evaluate is not None:
+            checkpoint = load(args.evaluate)
             agent = make_agent(args, checkpoint, agent_class)
             agent.to(set_up(args, agent.cnn is not None))
             evaluate(agent, args, checkpoint["folder"], checkpoint["global_step"])
         else:
-            agent = train(args, agent_class, checkpoint)
+            agent = train(args, agent_class)
             if RANK == 0:
                 way = "--resume" if STOP else "--evaluate"
                 print(f"python {sys.argv[0]} {way} {agent.folder}", flush=True)

@@ -323,9 +323,16 @@ def rewrite(change):
     return write
 
 
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
 BAD_CHECKPOINTS = {
     "missing": lambda path: path.unlink(),
     "torn": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped byte": flip_a_byte,
     "no checkpoint": lambda path: path.write_text("not a checkpoint\n" * 100),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
     "weights alone": lambda path: torch.save(torch.load(path)["agent"], path),

@@ -64,6 +64,8 @@ BAD_INPUT = {  # what the user gives, and what the sentence has to say
     "unknown version": (["--env-id=CartPole-v9"], ["CartPole-v9", "v1"]),
     "missing module": (["--env-id=no_such_module:Env-v0"], ["No module named 'no_such_module'"]),
     "unknown keyword": (['--env-kwargs={"gravity": 1}'], ["CartPole-v1", "gravity"]),
+    "a list of keywords": (["--env-kwargs=[1]"], ["--env-kwargs", '{"size": 5}']),
+    "a negative size": (["--hidden-sizes=-1"], ["--hidden-sizes must be at least 1"]),
     "refused value": (
         env_flags("failing:Failing-v0", where="constructor", what="ValueError"),
         ["failing:Failing-v0", "ValueError", "the motor is on fire"],
