@@ -43,7 +43,7 @@ import tempfile
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -100,7 +100,7 @@ class Args:
     num_minibatches: int = 4  # minibatches that an epoch splits the rollout into
     update_epochs: int = 10  # K, passes over each rollout
     norm_adv: bool = True  # scale advantages of a minibatch to mean 0, deviation 1 (off: raw)
-    max_grad_norm: float | None = 0.5  # clip the gradient to this global 2-norm (None: off)
+    max_grad_norm: float = 0.5  # clip the gradient to this global 2-norm [Details] #11 (inf: off)
     target_kl: float | None = None  # stop an update once approximate KL exceeds this (None: off)
     recompute_advantages: bool = False  # recompute values and advantages every epoch (off: once)
     compile: bool = False  # compile loss and gradient: slower to start, then faster
@@ -120,7 +120,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of rewards alone, before they are divided
 
 
-# What replaces these defaults. README says how the first two sets of numbers were found.
+# What replaces these defaults. tests/benchmarks/README.md says how the first two were found.
 PRESETS = {
     "discrete": {},
     "continuous": {
@@ -240,8 +240,7 @@ def mlp(sizes: list[int], activation: type[nn.Module], gain: float) -> nn.Sequen
     for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers.append(orthogonal(nn.Linear(inputs, outputs), math.sqrt(2)))
         layers.append(activation())
-    last = nn.Linear(sizes[-2], sizes[-1])
-    layers.append(orthogonal(last, gain))
+    layers.append(orthogonal(nn.Linear(sizes[-2], sizes[-1]), gain))
     return nn.Sequential(*layers)
 
 
@@ -347,7 +346,7 @@ class Gaussian(NamedTuple):
         return logprob.sum(-1)
 
     def entropy(self) -> Tensor:
-        entropy = self.log_std + 0.5 + 0.5 * math.log(2 * math.pi)  # (D,)
+        entropy = self.log_std + 0.5 * math.log(2 * math.pi * math.e)  # (D,)
         return entropy.sum().expand(len(self.mean))
 
 
@@ -606,7 +605,6 @@ def update(
     differentiate = compiled(backward, dynamic=True) if args.compile else backward
     if args.compile:
         epsilon = torch.tensor(epsilon)  # a float would become a constant
-    max_norm = math.inf if args.max_grad_norm is None else args.max_grad_norm
     infos = []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
@@ -618,13 +616,13 @@ def update(
             average_gradients(parameters, info, len(minibatch.obs))
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos  # without this step
-            info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm)  # [Details] #11
+            info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             infos.append(info)
     return infos
 
 
-def train(args: Args, agent_class: type[Agent] = Agent) -> Agent:
+def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | None = None) -> Agent:
     """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`."""
     with open_envs(args) as envs:
         device = set_up(args, is_image(envs.single_observation_space))
@@ -650,6 +648,8 @@ def train(args: Args, agent_class: type[Agent] = Agent) -> Agent:
 
             run.log(rollout, batch, infos)
             run.save()
+            if callback is not None and callback(run):  # True ends the training
+                break
         run.close()
     agent.folder = run.folder
     agent.eval_returns = evaluate(agent, args, run.folder, run.step)
@@ -1189,7 +1189,9 @@ def evaluate(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     env_seed = seed_generators(args.seed)
     device = next(agent.parameters()).device
     returns = np.zeros(args.eval_episodes)
-    video = os.path.join(folder, "videos", f"step-{step}") if args.capture_video else None
+    video = None
+    if args.capture_video:
+        video = os.path.join(folder, "videos", f"step-{step}")
     with closing(make_envs(args, 1, video)) as envs:
         for episode in range(args.eval_episodes):
             obs, _ = envs.reset(seed=env_seed + episode)

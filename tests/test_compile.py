@@ -1,5 +1,6 @@
 """--compile: the same algorithm up to rounding, compiled once, and with no number frozen in."""
 
+import math
 from dataclasses import replace
 
 import pieces
@@ -70,7 +71,7 @@ def test_a_compiled_update_sees_other_numbers():
         gradients = []
         for compile in (True, False):
             one = learner.copy()
-            (info,) = one.update(rollout, batch, **change, compile=compile, max_grad_norm=None)
+            (info,) = one.update(rollout, batch, **change, compile=compile, max_grad_norm=math.inf)
             gradients.append(torch.cat([x.grad.flatten() for x in one.agent.parameters()]))
             different.append(info["clipfrac"])
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5, msg=str(change))
@@ -83,7 +84,7 @@ def test_runs_of_one_process_are_those_of_their_own_flags():
     for number, change in enumerate(
         [
             {"anneal_clip": True, "num_minibatches": 3},
-            {"ent_coef": 0.3, "vf_coef": 2.0, "max_grad_norm": None},
+            {"ent_coef": 0.3, "vf_coef": 2.0, "max_grad_norm": math.inf},
             {"hidden_sizes": (8,), "activation": "relu"},
         ]
     ):

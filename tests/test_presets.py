@@ -1,5 +1,6 @@
 """Presets: which environments call for one, what it sets, and what wins over it."""
 
+import math
 import re
 from ast import literal_eval
 
@@ -97,11 +98,11 @@ def test_every_flag_wins_over_the_preset():
     """Also where it is what the discrete preset has anyway."""
     argv = ["--env-id=Pendulum-v1", "--num-envs=8", "--ent-coef", "0.01", "--norm-adv"]
     argv += ["--total-timesteps", "500_000", "--target-kl=None", "--log-std-init=0"]
-    argv += ["--hidden-sizes", "8", "16", "--no-norm-obs", "--max-grad-norm=None"]
+    argv += ["--hidden-sizes", "8", "16", "--no-norm-obs", "--max-grad-norm=inf"]
     args = ppo.parse_args(argv)
     given = {"num_envs": 8, "ent_coef": 0.01, "norm_adv": True, "total_timesteps": 500_000}
     given |= {"target_kl": None, "log_std_init": 0.0, "hidden_sizes": (8, 16), "norm_obs": False}
-    given |= {"max_grad_norm": None, "env_id": "Pendulum-v1"}
+    given |= {"max_grad_norm": math.inf, "env_id": "Pendulum-v1"}
     assert args == ppo.Args(**EXPECTED["continuous"] | given)
     games = ppo.parse_args(["--env-id=ALE/Pong-v5", "--no-clip-reward", "--norm-reward"])
     assert (games.clip_reward, games.norm_reward) == (False, True)

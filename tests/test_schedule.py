@@ -186,7 +186,7 @@ def test_annealing(what, steps):
 
 # A run of Constant, of reward 1 and one step, in which nothing is learnt.
 FIXED = {"env_id": "Constant-v0", "num_envs": 4, "num_steps": 16, "total_timesteps": 128}
-FIXED |= {"update_epochs": 2, "num_minibatches": 4, "learning_rate": 0.0, "max_grad_norm": None}
+FIXED |= {"update_epochs": 2, "num_minibatches": 4, "learning_rate": 0.0, "max_grad_norm": math.inf}
 FIXED |= {"norm_adv": False, "norm_reward": False, "eval_episodes": 0, "run_name": "a"}
 
 
