@@ -77,18 +77,18 @@ class Args:
     torch_deterministic: bool = True  # on CUDA, use only cuDNN's deterministic kernels
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda for images if there is one, else cpu
     resume: str | None = None  # folder of a run to go on with; flags that are given replace its own
-    checkpoint_interval: int | None = None  # iterations between them (None: a 100th of the run)
+    checkpoint_interval: int | None = None  # iterations between checkpoints (None: a 100th of all)
     evaluate: str | None = None  # folder of a run, or its .pt file, to evaluate without training
-    eval_episodes: int = 10  # of an evaluation, of at most 10,000 steps each (0: none)
+    eval_episodes: int = 10  # episodes of an evaluation, at most 10,000 steps each (0: none)
     eval_stochastic: bool = False  # sample the actions of an evaluation (off: take the likeliest)
     capture_video: bool = False  # film the evaluation, at most 2,000 frames of each episode
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
-    env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, e.g. '{"size": 5}'
+    env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, such as '{"size": 5}'
     num_envs: int = 8  # environments that are stepped side by side, divided among processes
     # sync: in this process; async: a process each; vector_entry_point: its own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
-    stagger_episodes: bool = True  # begin at random points of time limits (arXiv:2511.21011)
+    stagger_episodes: bool = True  # cut first episodes short, at random points (arXiv:2511.21011)
     # Rollout
     total_timesteps: int = 500_000  # steps of all environments, those that only reset included
     num_steps: int = 64  # T, steps of each environment in a rollout
@@ -112,11 +112,11 @@ class Args:
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     # Network and scaling
-    hidden_sizes: tuple[int, ...] = (64, 64)  # of hidden layers (not for images), e.g. 256 256
-    activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
+    hidden_sizes: tuple[int, ...] = (64, 64)  # units of hidden layers (not for images), as 256 256
+    activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of hidden layers
     log_std_init: float = 0.0  # log sigma that a Gaussian policy starts with (Box actions)
     norm_obs: bool = True  # scale vectors by running mean and deviation, clip at 10 (off: raw)
-    norm_reward: bool = True  # divide rewards by the deviation of returns, clip at 10 (off: raw)
+    norm_reward: bool = True  # divide rewards by the spread of returns, clip at 10 (off: raw)
     clip_reward: bool = False  # learn from the sign of rewards alone, before they are divided
 
 
@@ -152,30 +152,22 @@ PRESETS = {
 }
 
 
-# --- 2. Environments ------------------------------------------------------------------------------
-def make_envs(args: Args, num_envs: int, video: str | None = None) -> RecordEpisodeStatistics:
-    """Make environments that step together, and whose observations are vectors or images.
-
-    With `video`, a path, they are filmed to files that begin with it. Raises InputError.
-    """
-    envs = make_vector_env(args, num_envs, video)
-    space = envs.single_observation_space
-    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
-    if not is_vector and not is_image(space):
-        envs = FlattenObservation(envs)
-    if is_atari(args.env_id):
-        return Atari(envs)
-    return RecordEpisodeStatistics(envs)
+# --- 2. Networks ----------------------------------------------------------------------------------
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number (), mean (...) and variance (...) of the rows x (B, ...) of all processes."""
+    count = all_sum(x.new_tensor(len(x)))
+    mean = all_sum(x.sum(0)) / count
+    variance = all_sum((x - mean).square().sum(0)) / count
+    return count, mean, variance
 
 
-# --- 3. Networks ----------------------------------------------------------------------------------
 class RunningStats(nn.Module):
     """Mean and standard deviation, by component, of all rows seen; 0 and 1 before the first."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))  # whose square might overflow
+        self.register_buffer("std", torch.ones(shape))  # the variance might overflow float32
         self.register_buffer("count", torch.tensor(0))
 
     def update(self, x: Tensor) -> None:
@@ -202,7 +194,7 @@ class RewardScaler(nn.Module):
         super().__init__()
         self.gamma = gamma
         self.return_stats = RunningStats(())
-        self.discounted_return = 0.0  # (N,) after a rollout, that of its last row
+        self.discounted_return = 0.0  # later (N,), of the last row; a resumed run begins at 0
 
     def update(self, reward: Tensor, valid: Tensor) -> None:
         """Count a rollout's rewards (T, N). A row that is not valid begins a new return."""
@@ -218,7 +210,7 @@ class RewardScaler(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The deviation, or a fifth of the root mean square, lest all rewards be clipped alike."""
+        """The deviation, but at least a fifth of the root mean square (ours, for constant ones)."""
         stats = self.return_stats
         root_mean_square = torch.hypot(stats.std, stats.mean)
         return torch.maximum(stats.std, root_mean_square / 5)
@@ -249,7 +241,7 @@ class NatureCNN(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
-        self.channels_first = len(shape) == 3 and shape[0] < shape[2]
+        self.channels_first = len(shape) == 3 and shape[0] < shape[2]  # they are the smallest side
         num_channels = min(shape) if len(shape) == 3 else 1
         gain = math.sqrt(2)
         self.layers = nn.Sequential(
@@ -261,7 +253,7 @@ class NatureCNN(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
         )
-        num_features = self(torch.zeros(1, *shape)).shape[1]
+        num_features = self(torch.zeros(1, *shape)).shape[1]  # of the layers so far
         self.layers.append(orthogonal(nn.Linear(num_features, 512), gain))
         self.layers.append(nn.ReLU())
         self.to(memory_format=torch.channels_last)  # faster than torch's default order
@@ -276,9 +268,9 @@ class NatureCNN(nn.Module):
 
 
 class Categorical(NamedTuple):
-    """One choice or C independent ones [Details] #37 in B states; actions are (B,) or (B, C)."""
+    """One or C choices [Details] #37 in B states: actions (B,), (B, C), log_prob, entropy (B,)."""
 
-    logp: Tensor  # (B, options) or (B, C, options), log-probabilities in nats
+    logp: Tensor  # (B, options) or (B, C, options), log-probabilities
 
     def mode(self) -> Tensor:
         return self.logp.argmax(-1)
@@ -325,11 +317,11 @@ class CategoricalHead(nn.Module):
     def to_env(self, action: np.ndarray) -> np.ndarray:
         index = action.reshape(-1, *self.space.shape)
         start = getattr(self.space, "start", 0)
-        return (index + start).astype(self.space.dtype, copy=False)
+        return (index + start).astype(self.space.dtype)
 
 
 class Gaussian(NamedTuple):
-    """D independent normal distributions [Details] #23, #25 in B states; actions are (B, D)."""
+    """D Gaussians [Details] #23, #25 in B states: actions (B, D), log_prob, entropy (B,)."""
 
     mean: Tensor  # (B, D)
     log_std: Tensor  # (D,), the same in all states [Details] #24
@@ -353,8 +345,8 @@ class Gaussian(NamedTuple):
 class GaussianHead(nn.Module):
     """Distribution, noise and actions of Box spaces.
 
-    The policy acts in [-1, 1]. Dimensions with two bounds are mapped to them; others are only
-    moved, from 0 to the nearest bound, if 0 is out of bounds.
+    To the environment, -1 and 1 are the bounds of a dimension that has two, of at most a million.
+    Other dimensions are sent as they are, but shifted if 0 is out of bounds: then 0 is the bound.
     """
 
     def __init__(self, space: spaces.Box, args: Args):
@@ -370,7 +362,7 @@ class GaussianHead(nn.Module):
         self.shift = np.where(bounded, low + self.scale, np.clip(0, low, high))
 
     def distribution(self, output: Tensor) -> Gaussian:
-        return Gaussian(output, self.log_std.clamp(-20, 2))
+        return Gaussian(output, self.log_std.clamp(-20, 2))  # lest exp overflow
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.num_outputs)
@@ -392,22 +384,19 @@ class Agent(nn.Module):
         super().__init__()
         head_class = GaussianHead if isinstance(action_space, spaces.Box) else CategoricalHead
         self.head = head_class(action_space, args)
-        self.obs_dtype = np.float32
-        self.obs_stats = RunningStats(observation_space.shape) if args.norm_obs else None
-        self.cnn = None
-        sizes = [*observation_space.shape, *args.hidden_sizes]
-        if is_image(observation_space):
-            self.obs_dtype = np.uint8
-            self.obs_stats = None
-            self.cnn = NatureCNN(observation_space.shape)  # shared by both networks [Details] #21
-            sizes = [512]
+        has_images = is_image(observation_space)
+        shape = observation_space.shape
+        self.obs_dtype = np.uint8 if has_images else np.float32
+        self.obs_stats = RunningStats(shape) if args.norm_obs and not has_images else None
+        self.cnn = NatureCNN(shape) if has_images else None  # of both networks [Details] #21
+        sizes = [512] if has_images else [*shape, *args.hidden_sizes]
         activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
         self.actor = mlp([*sizes, self.head.num_outputs], activation, gain=0.01)
         self.critic = mlp([*sizes, 1], activation, gain=1.0)  # separate networks [Details] #13, #26
         self.reward_scaler = RewardScaler(args.gamma) if args.norm_reward else None
 
     def features(self, obs: Tensor) -> Tensor:
-        """What both networks see of raw obs (B, *obs)."""
+        """What both networks see of raw obs (B, *obs): (B, F)."""
         if self.cnn is not None:
             return self.cnn(obs)
         return obs if self.obs_stats is None else self.obs_stats.normalize(obs)
@@ -428,7 +417,7 @@ class Agent(nn.Module):
         return action.detach()
 
 
-# --- 4. Algorithm ---------------------------------------------------------------------------------
+# --- 3. Algorithm ---------------------------------------------------------------------------------
 class Rollout(NamedTuple):
     """T steps of N environments. Row t leads from obs[t] to obs[t + 1]."""
 
@@ -495,9 +484,10 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args, epsilon: float) -> tuple[Te
         bounded = torch.max(surrogate, args.dual_clip * batch.advantage)
         surrogate = torch.where(batch.advantage < 0, bounded, surrogate)
     policy_loss = -surrogate.mean()
-    error = (value - batch.target).square()
     if args.clip_vloss:
         error = clipped_error(value, batch.value, batch.target, epsilon)
+    else:
+        error = (value - batch.target).square()
     value_loss = 0.5 * error.mean()  # the half is OpenAI baselines', not the paper's
     entropy = dist.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
@@ -516,9 +506,9 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args, epsilon: float) -> tuple[Te
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     """The valid rows of a rollout with their advantages, and log pi(a|s) and V(s) by this agent."""
     T, N = rollout.reward.shape
-    dist, value = agent(rollout.obs[:-1].flatten(0, 1))
+    dist, value = agent(rollout.obs[:-1].flatten(0, 1))  # of T * N rows
     logprob = dist.log_prob(rollout.action.flatten(0, 1)).view(T, N)
-    _, last_value = agent(rollout.obs[-1])
+    _, last_value = agent(rollout.obs[-1])  # (N,)
     value = torch.cat([value, last_value]).view(T + 1, N)
     reward = rollout.reward
     if agent.reward_scaler is not None:
@@ -537,21 +527,25 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     )
 
 
+def normalize(advantage: Tensor) -> Tensor:
+    """Advantages (M,) with mean 0 and sample deviation 1 [Details] #7."""
+    count, mean, variance = moments(advantage)
+    std = (variance * count / (count - 1)).sqrt()
+    return (advantage - mean) / (std + 1e-8)
+
+
 def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
     """Shuffle the rows of a batch and deal them into nearly equal parts [Details] #6."""
     rows = torch.randperm(len(batch.obs), device=batch.obs.device)
     shuffled = [x[rows].tensor_split(args.num_minibatches) for x in batch]
     for parts in zip(*shuffled, strict=True):
         minibatch = Batch(*parts)
-        if args.norm_adv:  # [Details] #7
-            count, mean, variance = moments(minibatch.advantage)
-            std = (variance * count / (count - 1)).sqrt()
-            advantage = (minibatch.advantage - mean) / (std + 1e-8)
-            minibatch = minibatch._replace(advantage=advantage)
+        if args.norm_adv:
+            minibatch = minibatch._replace(advantage=normalize(minibatch.advantage))
         yield minibatch
 
 
-# --- 5. Training ----------------------------------------------------------------------------------
+# --- 4. Training ----------------------------------------------------------------------------------
 def collect(
     agent: Agent, envs: VectorEnv, obs: np.ndarray, done: np.ndarray, args: Args
 ) -> tuple[Rollout, np.ndarray, np.ndarray]:
@@ -567,7 +561,7 @@ def collect(
     reward = np.empty((T, N), np.float32)
     terminated = np.empty((T, N), bool)
     truncated = np.empty((T, N), bool)
-    noise = agent.head.noise(T, N).to(device).unbind()  # faster than drawn in every step
+    noise = agent.head.noise(T, N).to(device).unbind()  # of all steps at once, which is faster
     actions = []
     all_obs[0] = obs
     for t in range(T):
@@ -604,7 +598,7 @@ def update(
     parameters = list(agent.parameters())
     differentiate = compiled(backward, dynamic=True) if args.compile else backward
     if args.compile:
-        epsilon = torch.tensor(epsilon)  # a float would become a constant
+        epsilon = torch.tensor(epsilon)  # for each new float it would be compiled again
     infos = []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
@@ -613,7 +607,7 @@ def update(
         for minibatch in minibatches(batch, args):
             optimizer.zero_grad()
             info = differentiate(agent, minibatch, args, epsilon)
-            average_gradients(parameters, info, len(minibatch.obs))
+            average_gradients(parameters, info, len(minibatch.obs))  # of several processes
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos  # without this step
             info["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -623,14 +617,17 @@ def update(
 
 
 def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | None = None) -> Agent:
-    """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`."""
+    """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`.
+
+    `callback(run)` is called after each iteration, in all processes; True ends the training.
+    """
     with open_envs(args) as envs:
         device = set_up(args, is_image(envs.single_observation_space))
         agent = agent_class(envs.single_observation_space, envs.single_action_space, args)
         agent.to(device)
         # eps: [Details] #3; fused: one kernel for all parameters, which is faster
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-        run = Run(args, envs, agent, optimizer)
+        run = Run(args, envs, agent, optimizer)  # loads the checkpoint of args.resume
         obs, done = reset(envs, args, run.step)
         while run.step < args.total_timesteps and not run.stopped():
             remaining = 1 - run.step / args.total_timesteps  # from 1 towards 0
@@ -643,12 +640,12 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
             infos = update(agent, optimizer, rollout, batch, args, epsilon)
-            if agent.obs_stats is not None:  # only now, as it changes pi; the first is not scaled
+            if agent.obs_stats is not None:  # only now, as this changes pi; at first it is raw
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
             run.log(rollout, batch, infos)
             run.save()
-            if callback is not None and callback(run):  # True ends the training
+            if callback is not None and callback(run):
                 break
         run.close()
     agent.folder = run.folder
@@ -657,14 +654,14 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
 
 
 # === Part II: plumbing; nothing below is PPO ======================================================
-# --- 6. Command line ------------------------------------------------------------------------------
+# --- 5. Command line ------------------------------------------------------------------------------
 class InputError(ValueError):
     """The request is invalid; the message says why."""
 
 
 @dataclass
 class CommandLine(Args):
-    """Train an agent with PPO. The defaults that are shown are those for the --env-id given."""
+    """Train an agent with PPO. The defaults are those of the --env-id or run that is given."""
 
     # a set of defaults, over which any flag given wins; auto chooses by the environment's spaces
     preset: Literal["auto", "discrete", "continuous", "image"] = "auto"
@@ -698,9 +695,9 @@ def check(args: Args) -> None:
         raise InputError(f"--num-envs must be a multiple of the {WORLD_SIZE} processes.")
     if is_atari(args.env_id) and args.vectorization_mode != "vector_entry_point":
         raise InputError("--vectorization-mode must be vector_entry_point for ALE/ games.")
-    rows = args.num_envs // WORLD_SIZE * (args.num_steps // 2)  # the others may be resets
+    rows = args.num_envs // WORLD_SIZE * (args.num_steps // 2)
     if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
-        raise InputError(f"--num-minibatches need two rows each, and only {rows} are sure.")
+        raise InputError(f"--num-minibatches need two rows each; {rows} surely are no resets.")
 
 
 def choose_preset(args: Args) -> str:
@@ -736,7 +733,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-# --- 7. Environments ------------------------------------------------------------------------------
+# --- 6. Environments ------------------------------------------------------------------------------
 def is_atari(env_id: str) -> bool:
     """Whether it is a game of ale-py."""
     return env_id.removeprefix("ale_py:").startswith("ALE/")
@@ -748,6 +745,18 @@ def is_image(space: spaces.Space) -> bool:
         return False
     sides = sorted(space.shape)
     return len(sides) in (2, 3) and sides[-2] >= 36
+
+
+def make_envs(args: Args, num_envs: int, video: str | None = None) -> RecordEpisodeStatistics:
+    """Make environments that step together, and whose observations are vectors or images."""
+    envs = make_vector_env(args, num_envs, video)
+    space = envs.single_observation_space
+    is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+    if not is_vector and not is_image(space):
+        envs = FlattenObservation(envs)
+    if is_atari(args.env_id):
+        return Atari(envs)
+    return RecordEpisodeStatistics(envs)
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None) -> VectorEnv:
@@ -773,7 +782,7 @@ def make_vector_env(args: Args, num_envs: int, video: str | None) -> VectorEnv:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"Cannot make {env_id} as it is asked for: {reason}") from error
     check_env(env_id, envs, video is not None)
-    if not is_atari(env_id):  # whose lives are infos; others are not collected, which takes time
+    if not is_atari(env_id):  # Infos are left out, as they take time; a fork may need them.
         envs.unwrapped._add_info = lambda infos, *_: infos
     if video is None:
         return envs
@@ -824,6 +833,7 @@ class Atari(RecordEpisodeStatistics):
     def step(self, action: np.ndarray) -> tuple:
         action = np.where(self.restarts, self.restart_action, action)
         obs, reward, terminated, truncated, info = super().step(action)
+        # After a lost life, too, the next row is not valid: it only goes on by FIRE.
         self.restarts = (info["lives"] < self.lives) & ~terminated & ~truncated
         self.lives = info["lives"]
         return obs, reward, terminated | self.restarts, truncated, info
@@ -846,7 +856,8 @@ def check_env(env_id: str, envs: VectorEnv, filmed: bool) -> None:
     parts = space if isinstance(space, spaces.Dict) else {"observation": space}
     for name, part in parts.items():
         if part is not space and is_image(part):
-            raise InputError(f"{env_id}: {name} is an image beside others; use a wrapper for one.")
+            patch = "tests/forks/multi-input.patch takes it, and a wrapper can take it alone"
+            raise InputError(f"{env_id}: {name} is an image within a Dict: {patch}.")
         flat = None
         with suppress(NotImplementedError):  # of a space that the environment has made itself
             flat = spaces.flatten_space(part)
@@ -885,7 +896,7 @@ def open_envs(args: Args) -> Iterator[RecordEpisodeStatistics]:
     envs.close()
 
 
-# --- 8. Signals, processes, device, seeds ---------------------------------------------------------
+# --- 7. Signals, processes, device, seeds ---------------------------------------------------------
 STOP = []  # the number of the signal that is to end the run, if one has come
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 if hasattr(signal, "SIGUSR1"):  # not on Windows; Slurm can send it before it ends a job
@@ -902,7 +913,7 @@ def request_stop(signum: int, _) -> None:
 
 # torchrun sets these. Without it there is one process.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
-RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0  # process 0 writes and speaks for all
+RANK = int(os.environ.get("RANK", "0")) if WORLD_SIZE > 1 else 0  # process 0 writes and speaks
 
 
 def seed_generators(seed: int, *key: int) -> int:
@@ -925,10 +936,11 @@ def set_up(args: Args, images: bool):
     if name == "cpu" and not images and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.compile or WORLD_SIZE > 1:  # loaded after the processes connect, it hinders their end
-        torch._dynamo.config.trace_autograd_ops = True  # else `backward` could not be compiled
+    if args.compile or WORLD_SIZE > 1:
+        # So that `backward` can be compiled. Set after the processes connect, it hinders their end.
+        torch._dynamo.config.trace_autograd_ops = True
     if WORLD_SIZE > 1 and not distributed.is_initialized():
-        # By default there would be nccl alone where there is a GPU, also for tensors on the CPU.
+        # Where there is a GPU, torch would take nccl alone, which cannot send tensors on the CPU.
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backends)
         atexit.register(distributed.destroy_process_group)
@@ -947,28 +959,21 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number (), mean (...) and variance (...) of the rows x (B, ...) of all processes."""
-    count = all_sum(x.new_tensor(len(x)))
-    mean = all_sum(x.sum(0)) / count
-    variance = all_sum((x - mean).square().sum(0)) / count
-    return count, mean, variance
-
-
 def average_gradients(parameters: list[Tensor], info: dict, rows: int) -> None:
     """Replace gradients and scalars, means over `rows`, by those over the rows of all processes."""
     if WORLD_SIZE == 1:
         return
     gradients = [x.grad for x in parameters if x.grad is not None]
-    tensors = [*gradients, *info.values(), torch.ones_like(info["entropy"])]
-    total = all_sum(rows * nn.utils.parameters_to_vector(tensors))  # ends with the number of rows
+    one = torch.ones_like(info["entropy"])  # becomes the number of all rows
+    tensors = [*gradients, *info.values(), one]
+    total = all_sum(rows * nn.utils.parameters_to_vector(tensors))
     nn.utils.vector_to_parameters(total / total[-1], tensors)
 
 
 compiled = functools.cache(torch.compile)  # a function is compiled once, not in every update
 
 
-# --- 9. Run ---------------------------------------------------------------------------------------
+# --- 8. Run ---------------------------------------------------------------------------------------
 class NonFiniteError(FloatingPointError):
     """Nothing can be learnt from a nan or an infinity; the message says where it was."""
 
@@ -1047,15 +1052,14 @@ class Run:
                 raise NonFiniteError(f"{name}{index} is {x[tuple(index)].item()}.")
         residual = batch.target - batch.value
         columns = torch.stack([residual, batch.target], dim=1)  # (M, 2)
-        _, _, variance = moments(columns)
+        _, _, variance = moments(columns)  # of all processes, so that all come here
         if RANK > 0:
             return
         self.times.append(time.monotonic())
         seconds = self.times[-1] - self.times[0]
         speed = (len(self.times) - 1) * self.batch_size / seconds
         scalars = {f"losses/{name}": x.item() for name, x in losses.items()}
-        explained = 1 - variance[0] / variance[1]
-        scalars["losses/explained_variance"] = explained.item()
+        scalars["losses/explained_variance"] = (1 - variance[0] / variance[1]).item()
         scalars["losses/updates"] = len(infos)
         scalars["charts/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         scalars["charts/SPS"] = speed
@@ -1094,7 +1098,7 @@ class Run:
             return
         is_regular = self.crosses(self.interval) or self.step >= self.args.total_timesteps
         returns = self.envs.return_queue
-        num_whole = self.envs.episode_count - self.envs.num_envs  # not staggered
+        num_whole = self.envs.episode_count - self.envs.num_envs  # first ones may be cut short
         if is_regular and num_whole >= 100 and np.mean(returns) > self.best:
             self.best = float(np.mean(returns))
             self.write("best.pt")
@@ -1173,7 +1177,7 @@ def load_agent(path: str, agent_class: type[Agent] = Agent) -> Agent:
     return make_agent(checkpoint["args"], checkpoint, agent_class)
 
 
-# --- 10. Evaluation -------------------------------------------------------------------------------
+# --- 9. Evaluation --------------------------------------------------------------------------------
 def as_batch(obs: object, space: spaces.Space) -> Tensor:
     """One observation of an environment, of its space, as the batch (1, *obs) of an agent."""
     if is_image(space):
@@ -1216,7 +1220,7 @@ def evaluate(agent: Agent, args: Args, folder: str, step: int) -> np.ndarray:
     return returns
 
 
-# --- 11. Main -------------------------------------------------------------------------------------
+# --- 10. Main -------------------------------------------------------------------------------------
 def main(agent_class: type[Agent] = Agent) -> None:
     """Do what the command line says. Exit code 2: bad input; 1: a failure; 128 + n: signal n."""
     STOP.clear()

@@ -54,6 +54,25 @@ class Masked(gym.Env):
         return obs, reward, self.t == 4, False, info
 
 
+class Both(gym.Env):
+    """Whether the image is bright and what the vector says decide together on the right action."""
+
+    observation_space = spaces.Dict(
+        {"eye": spaces.Box(0, 255, (40, 40), np.uint8), "sign": spaces.Box(-1, 1, (1,), np.float32)}
+    )
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.bits = self.np_random.integers(2, size=2)
+        eye = np.full((40, 40), 200 * self.bits[0], np.uint8)
+        return {"eye": eye, "sign": np.float32([2 * self.bits[1] - 1])}, {}
+
+    def step(self, action):
+        reward = float(action == self.bits.sum() % 2)
+        return self.reset()[0], reward, True, False, {}
+
+
 class Chain(gym.Env):
     """A line of 16 places. In each, one of five actions leads on, and the others back to the start.
 
@@ -80,4 +99,5 @@ class Chain(gym.Env):
 
 gym.register("Cue-v0", Cue, disable_env_checker=True)
 gym.register("Masked-v0", Masked, disable_env_checker=True)
+gym.register("Both-v0", Both, disable_env_checker=True)
 gym.register("Chain-v0", Chain, max_episode_steps=50, disable_env_checker=True)

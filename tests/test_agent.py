@@ -112,7 +112,7 @@ SEQUENCE = spaces.Sequence(spaces.Discrete(2))
         ("observation_space", SEQUENCE, "Sequence"),
         ("observation_space", spaces.Dict({"a": SEQUENCE}), "Sequence"),
         ("observation_space", spaces.Graph(spaces.Discrete(2), None), "Graph"),
-        ("observation_space", spaces.Dict(eye=pixels, x=OBS), "eye is an image beside others"),
+        ("observation_space", spaces.Dict(eye=pixels, x=OBS), "eye is an image within a Dict"),
         ("action_space", spaces.Text(3), "Text"),
         ("action_space", spaces.Tuple([spaces.Discrete(2)]), "Tuple"),
     ],

@@ -72,7 +72,7 @@ BAD_INPUT = {  # what the user gives, and what the sentence has to say
     ),
     "sequences": (env_flags("failing:Unusable-v0", kind="sequence"), ["Unusable-v0", "Sequence"]),
     "unknown space": (env_flags("failing:Unusable-v0", kind="mission"), ["mission"]),
-    "image among others": (env_flags("failing:Unusable-v0", kind="image beside"), ["eye"]),
+    "image among others": (env_flags("failing:Unusable-v0", kind="image beside"), ["multi-input"]),
     "tuple": (env_flags("failing:Unusable-v0", mode="async", kind="tuple"), ["Tuple", "Discrete"]),
     "autoreset mode": (env_flags("SameStep-v0", "vector_entry_point"), ["SAME_STEP", "NEXT_STEP"]),
     "existing run": (["--run-name=taken"], ["runs/taken exists", "--resume", "--run-name"]),

@@ -37,6 +37,7 @@ MOST_LINES = {  # added or changed
     "spo": 6,
     "wandb": 10,
     "export": 20,
+    "multi-input": 40,
 }
 
 
@@ -135,6 +136,7 @@ def test_ruff_and_lines(name):
         ("gsde", "Pendulum-v1"),
         ("squashed", "Pendulum-v1"),
         ("spo", "CartPole-v1"),
+        ("multi-input", "tasks:Both-v0"),
     ],
 )
 def test_ratios_are_1_as_long_as_nothing_is_learnt(name, env_id, fork):
@@ -549,6 +551,13 @@ def tensors(x):
         return [x]
     parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
     return [tensor for part in parts for tensor in tensors(part)]
+
+
+# --- multi-input ----------------------------------------------------------------------------------
+def test_an_image_and_a_vector_are_understood_together(fork):
+    flags = ("--env-id", "tasks:Both-v0", "--num-envs", "16", "--learning-rate", "1e-3")
+    agent = trained(fork("multi-input"), *flags, "--total-timesteps", "10_000")
+    assert agent.eval_returns.mean() == 1  # to know one of them alone is worth 0.5
 
 
 # --- Smaller changes ------------------------------------------------------------------------------
