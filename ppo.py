@@ -108,7 +108,7 @@ class Args:
     clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
     anneal_clip: bool = False  # let epsilon fall linearly over the run (off: constant)
     clip_vloss: bool = True  # also clip the change of the value function to epsilon (off: do not)
-    dual_clip: float | None = None  # c > 1: where A < 0, the surrogate is at least c A
+    dual_clip: float | None = None  # c: where A < 0, the surrogate is at least c A (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     # Network and scaling
@@ -120,7 +120,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of rewards alone, before they are divided
 
 
-# What replaces these defaults. tests/benchmarks/README.md says how the first two were found.
+# What replaces the defaults of Args. tests/benchmarks/README.md says how numbers were found.
 PRESETS = {
     "discrete": {},
     "continuous": {
@@ -155,7 +155,7 @@ PRESETS = {
 # --- 2. Networks ----------------------------------------------------------------------------------
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number (), mean (...) and variance (...) of the rows x (B, ...) of all processes."""
-    count = all_sum(x.new_tensor(len(x)))
+    count = all_sum(x.new_tensor(len(x)))  # over the processes of torchrun
     mean = all_sum(x.sum(0)) / count
     variance = all_sum((x - mean).square().sum(0)) / count
     return count, mean, variance
@@ -175,7 +175,7 @@ class RunningStats(nn.Module):
         count, x_mean, x_var = moments(x.cpu().double())  # on the CPU, as mps has no float64
         weight = count / (count + self.count.cpu())  # of the new rows among all
         delta = x_mean - self.mean.cpu()
-        within = (1 - weight) * self.std.cpu().square() + weight * x_var
+        within = (1 - weight) * self.std.cpu().double().square() + weight * x_var
         between = weight * (1 - weight) * delta.square()
         self.mean += (weight * delta).to(self.mean)
         std = (within + between).sqrt()
@@ -268,21 +268,21 @@ class NatureCNN(nn.Module):
 
 
 class Categorical(NamedTuple):
-    """One or C choices [Details] #37 in B states: actions (B,), (B, C), log_prob, entropy (B,)."""
+    """One choice, or C independent ones [Details] #37, in B states. Actions are (B,) or (B, C)."""
 
     logp: Tensor  # (B, options) or (B, C, options), log-probabilities
 
     def mode(self) -> Tensor:
         return self.logp.argmax(-1)
 
-    def sample(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Tensor) -> Tensor:  # noise has the shape of logp
         return (self.logp + noise).argmax(-1)  # with Gumbel noise this is a sample
 
-    def log_prob(self, action: Tensor) -> Tensor:
+    def log_prob(self, action: Tensor) -> Tensor:  # (B,), in nats
         chosen = self.logp.gather(-1, action.unsqueeze(-1))  # (B, 1) or (B, C, 1)
         return chosen.flatten(1).sum(1)
 
-    def entropy(self) -> Tensor:
+    def entropy(self) -> Tensor:  # (B,)
         return -(self.logp.exp() * self.logp).flatten(1).sum(1)
 
 
@@ -298,9 +298,9 @@ class CategoricalHead(nn.Module):
             num_options = space.nvec.ravel()  # (C,)
         else:
             num_options = np.full(math.prod(space.shape), 2)  # (C,)
-        # Every choice gets as many outputs as the one with most options.
+        # (options,) or (C, options): every choice has as many outputs as the one with most options.
         absent = torch.from_numpy(np.arange(num_options.max()) >= num_options[..., None])
-        self.output_shape = absent.shape  # (options,) or (C, options)
+        self.output_shape = absent.shape
         self.num_outputs = absent.numel()
         self.register_buffer("absent", absent if absent.any() else None, persistent=False)
 
@@ -321,7 +321,7 @@ class CategoricalHead(nn.Module):
 
 
 class Gaussian(NamedTuple):
-    """D Gaussians [Details] #23, #25 in B states: actions (B, D), log_prob, entropy (B,)."""
+    """D independent normal distributions [Details] #23, #25 in B states. Actions are (B, D)."""
 
     mean: Tensor  # (B, D)
     log_std: Tensor  # (D,), the same in all states [Details] #24
@@ -345,8 +345,8 @@ class Gaussian(NamedTuple):
 class GaussianHead(nn.Module):
     """Distribution, noise and actions of Box spaces.
 
-    To the environment, -1 and 1 are the bounds of a dimension that has two, of at most a million.
-    Other dimensions are sent as they are, but shifted if 0 is out of bounds: then 0 is the bound.
+    Actions -1 and 1 are mapped to the bounds of a dimension whose bounds are within a million, and
+    others are only shifted, so that 0 is allowed. Then all are clipped.
     """
 
     def __init__(self, space: spaces.Box, args: Args):
@@ -384,7 +384,7 @@ class Agent(nn.Module):
         super().__init__()
         head_class = GaussianHead if isinstance(action_space, spaces.Box) else CategoricalHead
         self.head = head_class(action_space, args)
-        has_images = is_image(observation_space)
+        has_images = is_image(observation_space)  # uint8, at least 36 x 36
         shape = observation_space.shape
         self.obs_dtype = np.uint8 if has_images else np.float32
         self.obs_stats = RunningStats(shape) if args.norm_obs and not has_images else None
@@ -454,7 +454,7 @@ def gae(
     decay = gamma * gae_lambda * (~done).to(delta.dtype)  # (T, N)
     deltas = delta.unbind()  # T rows (N,), faster to index than a tensor
     decays = decay.unbind()
-    advantages = list(deltas)  # the last row has no next one here
+    advantages = list(deltas)  # of the last row it is delta alone
     for t in reversed(range(len(deltas) - 1)):  # [PPO] eq. 11 and [GAE] eq. 16, as a recursion
         advantages[t] = deltas[t] + decays[t] * advantages[t + 1]
     advantage = torch.stack(advantages)
@@ -509,7 +509,7 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     dist, value = agent(rollout.obs[:-1].flatten(0, 1))  # of T * N rows
     logprob = dist.log_prob(rollout.action.flatten(0, 1)).view(T, N)
     _, last_value = agent(rollout.obs[-1])  # (N,)
-    value = torch.cat([value, last_value]).view(T + 1, N)
+    value = torch.cat([value, last_value]).view(T + 1, N)  # time first
     reward = rollout.reward
     if agent.reward_scaler is not None:
         reward = agent.reward_scaler.normalize(reward)
@@ -603,7 +603,7 @@ def update(
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
             recomputed = estimate_advantages(agent, rollout, args)
-            batch = recomputed._replace(logprob=batch.logprob)  # new but for pi_old
+            batch = recomputed._replace(logprob=batch.logprob)  # new, but for pi_old
         for minibatch in minibatches(batch, args):
             optimizer.zero_grad()
             info = differentiate(agent, minibatch, args, epsilon)
@@ -640,7 +640,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
             infos = update(agent, optimizer, rollout, batch, args, epsilon)
-            if agent.obs_stats is not None:  # only now, as this changes pi; at first it is raw
+            if agent.obs_stats is not None:  # only now, as this changes pi: at first only clipped
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
             run.log(rollout, batch, infos)
@@ -697,7 +697,7 @@ def check(args: Args) -> None:
         raise InputError("--vectorization-mode must be vector_entry_point for ALE/ games.")
     rows = args.num_envs // WORLD_SIZE * (args.num_steps // 2)
     if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
-        raise InputError(f"--num-minibatches need two rows each; {rows} surely are no resets.")
+        raise InputError(f"--num-minibatches need two rows each; --num-steps ensure only {rows}.")
 
 
 def choose_preset(args: Args) -> str:
@@ -725,7 +725,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if name == "auto":
             name = choose_preset(replace(first, **game))
         defaults = PRESETS[name] | game
-    command = tyro.cli(CommandLine, args=argv, default=CommandLine(**defaults))
+    command = tyro.cli(CommandLine, args=argv, default=CommandLine(preset=name, **defaults))
     flags = vars(command)
     del flags["preset"]
     args = Args(**flags)
@@ -793,10 +793,10 @@ def make_vector_env(args: Args, num_envs: int, video: str | None) -> VectorEnv:
 
 
 def shielded(env: gym.Env) -> gym.Env:
-    """Let a worker process outlive the Ctrl-C that a terminal sends to all, and die of SIGTERM."""
+    """Let a worker process outlive the first signal, too: terminals and Slurm send it to all."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in SIGNALS:
+            signal.signal(number, request_stop)
     return env
 
 
@@ -841,7 +841,7 @@ class Atari(RecordEpisodeStatistics):
 
 def check_env(env_id: str, envs: VectorEnv, filmed: bool) -> None:
     """Raise InputError for environments that cannot be trained on, or not filmed if they are."""
-    if filmed and envs.render_mode not in envs.metadata["render_modes"]:
+    if filmed and envs.render_mode not in envs.metadata.get("render_modes", []):
         raise InputError(f"{env_id} cannot be filmed: it has no render mode rgb_array.")
     mode = envs.metadata.get("autoreset_mode")
     if mode != AutoresetMode.NEXT_STEP:
@@ -871,7 +871,7 @@ def reset(envs: VectorEnv, args: Args, step: int) -> tuple:
     obs, _ = envs.reset(seed=env_seed)
     vector = envs.unwrapped
     is_gymnasiums = isinstance(vector, SyncVectorEnv | AsyncVectorEnv)
-    has_limit = is_gymnasiums and all(vector.call("has_wrapper_attr", "_max_episode_steps"))
+    has_limit = is_gymnasiums and all(vector.call("has_wrapper_attr", "_elapsed_steps"))
     if args.stagger_episodes and has_limit:
         limits = vector.get_attr("_max_episode_steps")
         elapsed = np.random.default_rng(env_seed).integers(limits)
@@ -891,7 +891,9 @@ def open_envs(args: Args) -> Iterator[RecordEpisodeStatistics]:
         yield envs
     except BaseException:
         if isinstance(envs.unwrapped, AsyncVectorEnv):
-            envs.unwrapped.close(terminate=True)  # worker processes may hang
+            for process in envs.unwrapped.processes:
+                process.kill()  # it may hang
+            envs.unwrapped.close(terminate=True)
         raise
     envs.close()
 
@@ -908,7 +910,8 @@ def request_stop(signum: int, _) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     STOP.append(signum)
-    os.write(2, b"\nppo.py: stopping; a second signal ends it at once\n")  # as print() is not safe
+    if multiprocessing.parent_process() is None:
+        os.write(2, b"\nppo.py: stopping; a second signal ends it at once\n")  # print() is not safe
 
 
 # torchrun sets these. Without it there is one process.
@@ -926,7 +929,7 @@ def seed_generators(seed: int, *key: int) -> int:
     return env_seed % 2**30  # native vector environments accept less than 2**31
 
 
-def set_up(args: Args, images: bool):
+def set_up(args: Args, images: bool) -> str:
     """Connect the processes, set torch's threads and cuDNN, and return the device."""
     name = args.device
     if name == "auto":
@@ -937,7 +940,7 @@ def set_up(args: Args, images: bool):
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.compile or WORLD_SIZE > 1:
-        # So that `backward` can be compiled. Set after the processes connect, it hinders their end.
+        # So that `backward` can be compiled. It must be set before the processes connect.
         torch._dynamo.config.trace_autograd_ops = True
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # Where there is a GPU, torch would take nccl alone, which cannot send tensors on the CPU.
@@ -1052,7 +1055,7 @@ class Run:
                 raise NonFiniteError(f"{name}{index} is {x[tuple(index)].item()}.")
         residual = batch.target - batch.value
         columns = torch.stack([residual, batch.target], dim=1)  # (M, 2)
-        _, _, variance = moments(columns)  # of all processes, so that all come here
+        _, _, variance = moments(columns)  # sums over all processes, so before this return
         if RANK > 0:
             return
         self.times.append(time.monotonic())
@@ -1136,15 +1139,12 @@ class Run:
 
 
 def load(path: str) -> dict:
-    """The checkpoint of a run's folder or .pt file, with "args" as Args, its "folder" and "file".
-
-    Runs no code from the file. Raises InputError if it is not a checkpoint.
-    """
+    """The checkpoint of a run's folder or .pt file, "args" being Args, with "folder" and "file"."""
     file = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     with naming(file):
         if zipfile.ZipFile(file).testzip() is not None:  # torch does not look at checksums
             raise ValueError("the file is damaged")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         checkpoint["args"] = Args(**checkpoint["args"])
     checkpoint["file"] = file
     checkpoint["folder"] = os.path.dirname(file) or "."

@@ -117,25 +117,24 @@ def test_a_signal_stops_an_evaluation(command, monkeypatch):
 
 # --- The second one -------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("after", "first", "second"),
-    [(40, signal.SIGINT, signal.SIGINT), (32, signal.SIGTERM, signal.SIGINT)],
-    ids=["training", "evaluation"],
+    ("mode", "after", "first"),
+    [("sync", 40, signal.SIGINT), ("async", 20, signal.SIGINT), ("sync", 32, signal.SIGTERM)],
 )
-def test_a_second_signal_ends_the_process_at_once(after, first, second, start, tmp_path):
+def test_a_second_signal_ends_the_process_at_once(mode, after, first, start, tmp_path):
     """Though a step of the environment swallows every exception, and never returns.
 
     The training has 32 steps, as every other row resets.
     """
-    flags = env_flags("failing:Stuck-v0", after=after)
+    flags = env_flags("failing:Stuck-v0", mode, after=after)
     total = "--total-timesteps=" + ("64" if after == 32 else "384")
     process = start(*SMALL_FLAGS, total, *flags, "--eval-episodes=3", "--checkpoint-interval=1")
     wait_until((tmp_path / "stuck").exists, process)
-    process.send_signal(first)
+    os.killpg(process.pid, first)
     assert process.stderr.readline() + process.stderr.readline() == SAYS
     assert process.poll() is None
-    process.send_signal(second)
+    os.killpg(process.pid, signal.SIGINT)
     code, out, err = end_of(process)
-    assert (code, err) == (-second, "")
+    assert (code, err) == (-signal.SIGINT, "")
     assert saved()["global_step"] == 64, "what was saved before"
     assert ("evaluating" in out) == (after == 32)
 
@@ -152,16 +151,16 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_terminals_ctrl_c_reaches_workers_too(method, start, tmp_path):
+@pytest.mark.parametrize(("method", "number"), [("fork", 15), ("forkserver", 2)])  # TERM, INT
+def test_a_signal_to_the_group_reaches_workers_too(method, number, start, tmp_path):
     """They outlive it, however they were started, until the run has stopped and saved."""
     program = tmp_path / "program.py"
     program.write_text(SPAWN.format(folder=str(PPO.parent), method=method))
     process = start(*ENDLESS, "--vectorization-mode=async", program=program)
     wait_until((tmp_path / "runs/a/checkpoint.pt").exists, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     code, out, err = end_of(process)
-    assert (code, err) == (130, SAYS)
+    assert (code, err) == (128 + number, SAYS)
     step = saved()["global_step"]
     assert out.splitlines()[-2:] == [
         f"saved runs/a at step {step:,}",
