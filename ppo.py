@@ -201,7 +201,7 @@ class RewardScaler(nn.Module):
         valid = valid.cpu()
         discount = (self.gamma * valid).numpy()  # (T, N), an array, which is faster than a tensor
         returns = np.empty_like(discount)
-        last = self.discounted_return
+        last = self.discounted_return  # (N,)
         for t, x in enumerate(reward.cpu().numpy()):
             last = discount[t] * last + x
             returns[t] = last
@@ -312,10 +312,10 @@ class CategoricalHead(nn.Module):
 
     def noise(self, *shape: int) -> Tensor:
         # Gumbel noise is -log of exponential noise.
-        return -torch.empty(*shape, *self.output_shape).exponential_().log()
+        return -torch.empty(*shape, *self.output_shape).exponential_().log()  # as logp, on the CPU
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        index = action.reshape(-1, *self.space.shape)
+        index = action.reshape(-1, *self.space.shape)  # (N, ...), from 0
         start = getattr(self.space, "start", 0)
         return (index + start).astype(self.space.dtype)
 
@@ -329,8 +329,8 @@ class Gaussian(NamedTuple):
     def mode(self) -> Tensor:
         return self.mean
 
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.mean + self.log_std.exp() * noise  # standard normal
+    def sample(self, noise: Tensor) -> Tensor:  # noise has the shape of mean
+        return self.mean + self.log_std.exp() * noise
 
     def log_prob(self, action: Tensor) -> Tensor:
         z = (action - self.mean) / self.log_std.exp()
@@ -358,14 +358,14 @@ class GaussianHead(nn.Module):
         low = space.low.astype(np.float64)
         high = space.high.astype(np.float64)
         bounded = (low >= -1e6) & (high <= 1e6)
-        self.scale = np.where(bounded, (high - low) / 2, 1)
+        self.scale = np.where(bounded, (high - low) / 2, 1)  # float64, of the space's shape
         self.shift = np.where(bounded, low + self.scale, np.clip(0, low, high))
 
     def distribution(self, output: Tensor) -> Gaussian:
         return Gaussian(output, self.log_std.clamp(-20, 2))  # lest exp overflow
 
     def noise(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, self.num_outputs)
+        return torch.randn(*shape, self.num_outputs)  # as mean, on the CPU
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         space = self.space
@@ -561,14 +561,14 @@ def collect(
     reward = np.empty((T, N), np.float32)
     terminated = np.empty((T, N), bool)
     truncated = np.empty((T, N), bool)
-    noise = agent.head.noise(T, N).to(device).unbind()  # of all steps at once, which is faster
+    noise = agent.head.noise(T, N).to(device).unbind()  # of all T steps at once: faster
     actions = []
     all_obs[0] = obs
     for t in range(T):
         with torch.inference_mode():  # as no_grad, but faster
             action = agent.act(torch.from_numpy(all_obs[t]).to(device), noise[t])
         actions.append(action)
-        env_action = agent.head.to_env(action.cpu().numpy())
+        env_action = agent.head.to_env(action.cpu().numpy())  # (N, ...), as the space has it
         all_obs[t + 1], reward[t], terminated[t], truncated[t], _ = envs.step(env_action)
     all_done = np.concatenate([done[None], terminated | truncated])  # (T + 1, N)
     if args.clip_reward:
