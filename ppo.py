@@ -77,14 +77,14 @@ class Args:
     torch_deterministic: bool = True  # on CUDA, use only cuDNN's deterministic kernels
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda for images if there is one, else cpu
     resume: str | None = None  # folder of a run to go on with; flags that are given replace its own
-    checkpoint_interval: int | None = None  # iterations between checkpoints (None: a 100th of all)
+    checkpoint_interval: int | None = None  # iterations between checkpoints (None: run / 100)
     evaluate: str | None = None  # folder of a run, or its .pt file, to evaluate without training
     eval_episodes: int = 10  # episodes of an evaluation, at most 10,000 steps each (0: none)
     eval_stochastic: bool = False  # sample the actions of an evaluation (off: take the likeliest)
     capture_video: bool = False  # film the evaluation, at most 2,000 frames of each episode
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
-    env_kwargs: JsonObject = field(default_factory=dict)  # its arguments, such as '{"size": 5}'
+    env_kwargs: JsonObject = field(default_factory=dict)  # arguments for env_id, as '{"size": 5}'
     num_envs: int = 8  # environments that are stepped side by side, divided among processes
     # sync: in this process; async: a process each; vector_entry_point: its own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
@@ -97,7 +97,7 @@ class Args:
     # Update
     learning_rate: float = 5e-4  # step size of the optimizer
     anneal_lr: bool = True  # let the learning rate fall linearly over the run (off: constant)
-    num_minibatches: int = 4  # minibatches that an epoch splits the rollout into
+    num_minibatches: int = 4  # minibatches of an epoch; each is a step of the optimizer
     update_epochs: int = 10  # K, passes over each rollout
     norm_adv: bool = True  # scale advantages of a minibatch to mean 0, deviation 1 (off: raw)
     max_grad_norm: float = 0.5  # clip the gradient to this global 2-norm [Details] #11 (inf: off)
@@ -107,7 +107,7 @@ class Args:
     # Loss
     clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
     anneal_clip: bool = False  # let epsilon fall linearly over the run (off: constant)
-    clip_vloss: bool = True  # also clip the change of the value function to epsilon (off: do not)
+    clip_vloss: bool = True  # clip V to within epsilon of its old value in the loss, too
     dual_clip: float | None = None  # c: where A < 0, the surrogate is at least c A (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
@@ -276,7 +276,7 @@ class Categorical(NamedTuple):
         return self.logp.argmax(-1)
 
     def sample(self, noise: Tensor) -> Tensor:  # noise has the shape of logp
-        return (self.logp + noise).argmax(-1)  # with Gumbel noise this is a sample
+        return (self.logp + noise).argmax(-1)  # the Gumbel-max trick: a sample
 
     def log_prob(self, action: Tensor) -> Tensor:  # (B,), in nats
         chosen = self.logp.gather(-1, action.unsqueeze(-1))  # (B, 1) or (B, C, 1)
@@ -333,7 +333,7 @@ class Gaussian(NamedTuple):
         return self.mean + self.log_std.exp() * noise
 
     def log_prob(self, action: Tensor) -> Tensor:
-        z = (action - self.mean) / self.log_std.exp()
+        z = (action - self.mean) / self.log_std.exp()  # (B, D)
         logprob = -0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)  # (B, D)
         return logprob.sum(-1)
 
@@ -479,7 +479,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args, epsilon: float) -> tuple[Te
     logratio = dist.log_prob(batch.action) - batch.logprob  # (M,)
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
 
-    surrogate = clipped_surrogate(ratio, batch.advantage, epsilon)
+    surrogate = clipped_surrogate(ratio, batch.advantage, epsilon)  # (M,)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
         bounded = torch.max(surrogate, args.dual_clip * batch.advantage)
         surrogate = torch.where(batch.advantage < 0, bounded, surrogate)
@@ -562,7 +562,7 @@ def collect(
     terminated = np.empty((T, N), bool)
     truncated = np.empty((T, N), bool)
     noise = agent.head.noise(T, N).to(device).unbind()  # of all T steps at once: faster
-    actions = []
+    actions = []  # T of (N,), (N, C) or (N, D)
     all_obs[0] = obs
     for t in range(T):
         with torch.inference_mode():  # as no_grad, but faster
@@ -598,7 +598,7 @@ def update(
     parameters = list(agent.parameters())
     differentiate = compiled(backward, dynamic=True) if args.compile else backward
     if args.compile:
-        epsilon = torch.tensor(epsilon)  # for each new float it would be compiled again
+        epsilon = torch.tensor(epsilon)  # (), as each new float would be compiled again
     infos = []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
@@ -619,7 +619,7 @@ def update(
 def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | None = None) -> Agent:
     """Train an agent as [PPO] alg. 1, and return it, with its run's `folder` and `eval_returns`.
 
-    `callback(run)` is called after each iteration, in all processes; True ends the training.
+    `callback(run)` is called after each iteration. True, from all processes, ends the training.
     """
     with open_envs(args) as envs:
         device = set_up(args, is_image(envs.single_observation_space))
@@ -640,10 +640,10 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
             infos = update(agent, optimizer, rollout, batch, args, epsilon)
-            if agent.obs_stats is not None:  # only now, as this changes pi: at first only clipped
+            if agent.obs_stats is not None:  # last, as this changes pi; at first all is unscaled
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
-            run.log(rollout, batch, infos)
+            run.log(rollout, batch, infos)  # counts run.step on, too
             run.save()
             if callback is not None and callback(run):
                 break
@@ -672,7 +672,7 @@ ATARI = {  # what games have beside the preset for images
     "clip_reward": True,  # [Details] #19
     "norm_reward": False,
 }
-RANGES = {  # the least and the most; a flag that is None is off
+RANGES = {  # the least and the most; None is not checked
     "seed eval_episodes learning_rate max_grad_norm": (0, math.inf),
     "target_kl clip_coef ent_coef vf_coef": (0, math.inf),
     "num_envs total_timesteps num_steps num_minibatches hidden_sizes": (1, math.inf),
@@ -940,7 +940,7 @@ def set_up(args: Args, images: bool) -> str:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.compile or WORLD_SIZE > 1:
-        # So that `backward` can be compiled. It must be set before the processes connect.
+        # Lets torch compile the loss.backward() in it. It must be set before the processes connect.
         torch._dynamo.config.trace_autograd_ops = True
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # Where there is a GPU, torch would take nccl alone, which cannot send tensors on the CPU.
@@ -973,7 +973,7 @@ def average_gradients(parameters: list[Tensor], info: dict, rows: int) -> None:
     nn.utils.vector_to_parameters(total / total[-1], tensors)
 
 
-compiled = functools.cache(torch.compile)  # a function is compiled once, not in every update
+compiled = functools.cache(torch.compile)  # for `update`: a function is compiled only once
 
 
 # --- 8. Run ---------------------------------------------------------------------------------------
@@ -1052,7 +1052,7 @@ class Run:
             is_finite = x.isfinite()
             if not is_finite.all():
                 index = is_finite.logical_not().nonzero()[0].tolist()
-                raise NonFiniteError(f"{name}{index} is {x[tuple(index)].item()}.")
+                raise NonFiniteError(f"{name}{index or ''} is {x[tuple(index)].item()}.")
         residual = batch.target - batch.value
         columns = torch.stack([residual, batch.target], dim=1)  # (M, 2)
         _, _, variance = moments(columns)  # sums over all processes, so before this return
