@@ -930,7 +930,7 @@ def seed_generators(seed: int, *key: int) -> int:
 
 
 def set_up(args: Args, images: bool) -> str:
-    """Connect the processes, set torch's threads and cuDNN, and return the device."""
+    """Connect the processes, set torch's threads and cuDNN, try to film, and return the device."""
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and images else "cpu"
@@ -940,7 +940,7 @@ def set_up(args: Args, images: bool) -> str:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.compile or WORLD_SIZE > 1:
-        # Lets torch compile the loss.backward() in it. It must be set before the processes connect.
+        # So that `backward` can be compiled. It must be set before the processes are connected.
         torch._dynamo.config.trace_autograd_ops = True
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # Where there is a GPU, torch would take nccl alone, which cannot send tensors on the CPU.

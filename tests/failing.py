@@ -104,10 +104,11 @@ class Human(probes.Match):
     metadata = {"render_modes": ["human"], "render_fps": 30}  # noqa: RUF012
 
     def __init__(self, style, render_mode=None):
-        if style == "asserts":
-            assert render_mode in (None, "human"), "render_mode must be human"
+        assert style != "asserts" or render_mode in (None, "human"), "render_mode must be human"
         if style != "ignores":
             self.render_mode = render_mode
+        else:
+            self.metadata = {}
 
 
 class Mission(spaces.Space):

@@ -212,7 +212,7 @@ def test_a_nan_in_an_update_is_named(name):
             return dist, value
 
     args = ppo.Args(total_timesteps=1024, num_minibatches=1, update_epochs=1)
-    with pytest.raises(ppo.NonFiniteError, match=rf"^{name}.* is nan\.$"):
+    with pytest.raises(ppo.NonFiniteError, match=rf"^{name} is nan\.$"):
         ppo.train(args, agent_class=Agent)
 
 
