@@ -13,9 +13,8 @@ D dimensions of a Box action, C choices of a MultiDiscrete one. *obs is the shap
 
 An episode is done when it is terminated (it has no future) or truncated (a time limit cuts it).
 Environments reset as in Gymnasium's NEXT_STEP mode: the step after the last one of an episode
-ignores its action and returns the first observation of the next episode, with reward 0. Such a row
-is not valid, and is never trained on. So obs[t + 1] is always the state that row t led to, and
-V(obs[t + 1]) is the bootstrap of an episode that was truncated.
+ignores its action and returns the next episode's first observation, with reward 0. Such a row is
+not valid: it is never trained on. So V(obs[t + 1]) is the bootstrap where row t was truncated.
 
     t   obs[t]             action     obs[t + 1]         done    valid
     5   s_5                a_5        s_6, the last      True    True
@@ -85,19 +84,19 @@ class Args:
     # Environment
     env_id: str = "CartPole-v1"  # Gymnasium id; module:Env-v0 imports the module first
     env_kwargs: JsonObject = field(default_factory=dict)  # arguments for env_id, as '{"size": 5}'
-    num_envs: int = 8  # environments that are stepped side by side, divided among processes
+    num_envs: int = 16  # environments that are stepped side by side, divided among processes
     # sync: in this process; async: a process each; vector_entry_point: its own vector version
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
     stagger_episodes: bool = True  # cut first episodes short, at random points (arXiv:2511.21011)
     # Rollout
     total_timesteps: int = 500_000  # steps of all environments, those that only reset included
-    num_steps: int = 64  # T, steps of each environment in a rollout
+    num_steps: int = 128  # T, steps of each environment in a rollout
     gamma: float = 0.995  # discount factor (0: immediate rewards only)
     gae_lambda: float = 0.98  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
     # Update
     learning_rate: float = 5e-4  # step size of the optimizer
     anneal_lr: bool = True  # let the learning rate fall linearly over the run (off: constant)
-    num_minibatches: int = 4  # minibatches of an epoch; each is a step of the optimizer
+    num_minibatches: int = 16  # minibatches of an epoch; each is a step of the optimizer
     update_epochs: int = 10  # K, passes over each rollout
     norm_adv: bool = True  # scale advantages of a minibatch to mean 0, deviation 1 (off: raw)
     max_grad_norm: float = 0.5  # clip the gradient to this global 2-norm [Details] #11 (inf: off)
@@ -140,10 +139,11 @@ PRESETS = {
     },
     "image": {  # OpenAI baselines' for Atari
         "total_timesteps": 10_000_000,
-        "num_steps": 128,
+        "num_envs": 8,
         "gamma": 0.99,
         "gae_lambda": 0.95,
         "learning_rate": 2.5e-4,
+        "num_minibatches": 4,
         "update_epochs": 4,
         "clip_coef": 0.1,
         "log_std_init": -1.0,  # for Box actions, as in the preset for them
@@ -164,8 +164,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class RunningStats(nn.Module):
     """Mean and standard deviation, by component, of all rows seen; 0 and 1 before the first."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], min_std: float = 1e-4):
         super().__init__()
+        self.min_std = min_std  # never divide by less
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))  # the variance might overflow float32
         self.register_buffer("count", torch.tensor(0))
@@ -179,7 +180,7 @@ class RunningStats(nn.Module):
         between = weight * (1 - weight) * delta.square()
         self.mean += (weight * delta).to(self.mean)
         std = (within + between).sqrt()
-        self.std.copy_(std.clamp(min=1e-4))  # never divide by almost 0
+        self.std.copy_(std.clamp(min=self.min_std))
         self.count += int(count)
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -299,7 +300,8 @@ class CategoricalHead(nn.Module):
         else:
             num_options = np.full(math.prod(space.shape), 2)  # (C,)
         # (options,) or (C, options): every choice has as many outputs as the one with most options.
-        absent = torch.from_numpy(np.arange(num_options.max()) >= num_options[..., None])
+        option = np.arange(num_options.max())
+        absent = torch.from_numpy(option >= num_options[..., None])
         self.output_shape = absent.shape
         self.num_outputs = absent.numel()
         self.register_buffer("absent", absent if absent.any() else None, persistent=False)
@@ -311,8 +313,7 @@ class CategoricalHead(nn.Module):
         return Categorical(logits.log_softmax(-1))
 
     def noise(self, *shape: int) -> Tensor:
-        # Gumbel noise is -log of exponential noise.
-        return -torch.empty(*shape, *self.output_shape).exponential_().log()  # as logp, on the CPU
+        return -torch.empty(*shape, *self.output_shape).exponential_().log()  # Gumbel, as logp
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         index = action.reshape(-1, *self.space.shape)  # (N, ...), from 0
@@ -387,7 +388,9 @@ class Agent(nn.Module):
         has_images = is_image(observation_space)  # uint8, at least 36 x 36
         shape = observation_space.shape
         self.obs_dtype = np.uint8 if has_images else np.float32
-        self.obs_stats = RunningStats(shape) if args.norm_obs and not has_images else None
+        # Integers are one-hot, as a rule: divided by its small deviation, a rare one is too large.
+        min_std = 0.2 if np.issubdtype(observation_space.dtype, np.integer) else 1e-4
+        self.obs_stats = RunningStats(shape, min_std) if args.norm_obs and not has_images else None
         self.cnn = NatureCNN(shape) if has_images else None  # of both networks [Details] #21
         sizes = [512] if has_images else [*shape, *args.hidden_sizes]
         activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
@@ -446,9 +449,8 @@ def gae(
     """Generalised advantage estimation, for both kinds of episode ends.
 
     After a termination the next value is 0; after a truncation it is that of the final observation.
-    No advantage flows back across the end of an episode, so that rows that are not valid come out
-    meaningless, but reach no others. Takes (T, N), but value (T + 1, N); returns advantages and
-    targets of V, both (T, N).
+    No advantage flows back across an end, so that no other row sees the meaningless ones that are
+    not valid. Takes (T, N), but value (T + 1, N); returns advantages and targets of V, both (T, N).
     """
     delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # (T, N), [PPO] eq. 12
     decay = gamma * gae_lambda * (~done).to(delta.dtype)  # (T, N)
@@ -914,8 +916,7 @@ def request_stop(signum: int, _) -> None:
         os.write(2, b"\nppo.py: stopping; a second signal ends it at once\n")  # print() is not safe
 
 
-# torchrun sets these. Without it there is one process.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes, set by torchrun
 RANK = int(os.environ.get("RANK", "0")) if WORLD_SIZE > 1 else 0  # process 0 writes and speaks
 
 
@@ -940,8 +941,7 @@ def set_up(args: Args, images: bool) -> str:
         torch.set_num_threads(1)  # faster than more for layers as small as these
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.compile or WORLD_SIZE > 1:
-        # So that `backward` can be compiled. It must be set before the processes are connected.
-        torch._dynamo.config.trace_autograd_ops = True
+        torch._dynamo.config.trace_autograd_ops = True  # for `backward`; set before they connect
     if WORLD_SIZE > 1 and not distributed.is_initialized():
         # Where there is a GPU, torch would take nccl alone, which cannot send tensors on the CPU.
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

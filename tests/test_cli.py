@@ -242,7 +242,8 @@ def test_a_run_of_the_program(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("RANK", "1")
     flags = ["--total-timesteps", "51_200", "--env-id", "probes:Match-v0", "--exp-name", "a/b: c"]
-    result = run(tmp_path, *flags, "--update-epochs=1")
+    flags += ["--num-envs=8", "--num-steps=64", "--num-minibatches=4", "--update-epochs=1"]
+    result = run(tmp_path, *flags)
     assert (result.returncode, result.stderr) == (0, "")
     assert os.listdir(tmp_path) == ["runs"]
     (name,) = os.listdir(tmp_path / "runs")
@@ -269,7 +270,7 @@ def test_progress_on_a_terminal_is_one_line(command, monkeypatch):
     """It overwrites itself, and is cut to the width of the terminal."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
-    result = command("--total-timesteps=10_240", "--update-epochs=1", "--eval-episodes=0")
+    result = command("--total-timesteps=40_960", "--update-epochs=1", "--eval-episodes=0")
     (line,) = [line for line in result.stdout.split("\n") if "\r" in line]
     updates = line.split("\r\x1b[K")[1:]
     assert len(updates) == 20

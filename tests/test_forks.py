@@ -143,7 +143,7 @@ def test_ratios_are_1_as_long_as_nothing_is_learnt(name, env_id, fork):
     """So old and new probabilities are of the same rows, masks, memories and distributions."""
     module = fork(name)
     flags = {"env_id": env_id, "num_envs": 8, "num_steps": 32, "learning_rate": 0.0}
-    args = module.Args(**flags, recompute_advantages=True, update_epochs=3)
+    args = module.Args(**flags, num_minibatches=4, recompute_advantages=True, update_epochs=3)
     with pieces.learner(args, module.Agent) as one:
         one.collect()  # the next rollout begins within episodes
         rollout = one.collect()
@@ -157,7 +157,7 @@ def test_ratios_are_1_as_long_as_nothing_is_learnt(name, env_id, fork):
 
 # --- recurrent ------------------------------------------------------------------------------------
 CUE = ("--env-id", "tasks:Cue-v0", "--update-epochs", "4", "--learning-rate", "2e-3")
-CUE = (*CUE, "--num-envs", "16", "--num-steps", "32", "--total-timesteps", "16_000")
+CUE = (*CUE, "--num-minibatches", "4", "--num-steps", "32", "--total-timesteps", "16_000")
 
 
 def test_memory_solves_what_needs_one(fork):
@@ -212,7 +212,7 @@ def test_minibatches_are_of_whole_environments(fork):
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_only_allowed_actions_are_sent(mode, fork):
     """The environment raises an error at others."""
-    flags = ("--env-id", "tasks:Masked-v0", "--num-envs", "4", "--num-steps", "128")
+    flags = ("--env-id", "tasks:Masked-v0", "--num-envs", "4", "--num-minibatches", "4")
     flags = (*flags, "--vectorization-mode", mode, "--run-name", "masked")
     agent = trained(fork("action-mask"), *flags, "--total-timesteps", "20_000")
     assert agent.eval_returns.mean() > 3.5  # of 4; 2 by chance
@@ -290,7 +290,7 @@ def test_intrinsic_advantages_by_hand(fork):
 
 def test_novelty_is_of_what_actions_led_to_and_wears_off(fork):
     module = fork("rnd")
-    args = module.Args(env_id="tasks:Chain-v0", num_envs=4, num_steps=64)
+    args = module.Args(env_id="tasks:Chain-v0", num_envs=4, num_steps=64, num_minibatches=4)
     with pieces.learner(args, module.Agent) as one:
         agent = one.agent
         target = copy.deepcopy(agent.random_target.state_dict())
@@ -306,8 +306,8 @@ def test_novelty_is_of_what_actions_led_to_and_wears_off(fork):
     assert later < 0.1 * min(novelty.mean(), unseen)
     after = agent.random_target.state_dict()
     assert all(torch.equal(target[name], after[name]) for name in target)
-    agent = trained(module, *CHAIN, "--total-timesteps", "1024")  # one iteration
-    assert agent.int_reward_scaler.return_stats.count == 1024, "of all rows"
+    agent = trained(module, *CHAIN, "--total-timesteps", "2048")  # one iteration
+    assert agent.int_reward_scaler.return_stats.count == 2048, "of all rows"
     assert agent.int_reward_scaler.return_stats.std < 1  # it was 1 at first
 
 
@@ -591,7 +591,7 @@ def test_a_small_change_is_a_small_diff(name, tmp_path):
     assert len(list(matcher.get_grouped_opcodes(3))) <= most_places  # as in a diff
 
     (tmp_path / "changed.py").write_text(code)
-    flags = ["--total-timesteps=2048", "--eval-episodes=0"]
+    flags = ["--total-timesteps=4096", "--eval-episodes=0"]
     if name == "An info of each step":
         flags += ["--env-id=test_forks:Costly-v0"]
     weights = []

@@ -1,32 +1,26 @@
-"""CartPole is learnt within a budget, and the same test fails where nothing can be learnt."""
+"""Tasks are learnt within a budget, and the same test fails where nothing can be learnt."""
 
-import gymnasium as gym
-import numpy as np
 import pytest
 
 import ppo
 
 
-def mean_return(**flags):
-    """Mean return of 20 greedy episodes after a training, played as README says."""
-    agent = ppo.train(ppo.Args(eval_episodes=0, **flags))
-    env = gym.make("CartPole-v1")
-    returns = np.zeros(20)
-    for episode in range(20):
-        obs, _ = env.reset(seed=episode)
-        done = False
-        while not done:
-            action = agent.act(ppo.as_batch(obs, env.observation_space))
-            obs, reward, terminated, truncated, _ = env.step(agent.head.to_env(action.numpy())[0])
-            returns[episode] += reward
-            done = terminated or truncated
-    return returns.mean()
+def mean_return(num_episodes, **flags):
+    """Of greedy episodes after a training."""
+    agent = ppo.train(ppo.Args(eval_episodes=num_episodes, **flags))
+    assert len(agent.eval_returns) == num_episodes
+    return agent.eval_returns.mean()
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_cartpole(seed):
-    assert mean_return(seed=seed, total_timesteps=100_000) >= 450
+    assert mean_return(20, seed=seed, total_timesteps=100_000) >= 450
 
 
 def test_cartpole_without_learning():
-    assert mean_return(total_timesteps=5_000, learning_rate=0.0) < 200
+    assert mean_return(20, total_timesteps=5_000, learning_rate=0.0) < 200
+
+
+def test_frozen_lake():
+    """The best is 0.74. With rollouts of 512 rows, which hold few of its rewards, it was 0.22."""
+    assert mean_return(200, env_id="FrozenLake-v1", seed=2, total_timesteps=300_000) >= 0.65

@@ -13,12 +13,12 @@ import ppo
 
 TABLE = """
 total_timesteps       500_000  1_000_000  10_000_000
-num_envs              8        64         8
-num_steps             64       32         128
+num_envs              16       64         8
+num_steps             128      32         128
 gamma                 0.995    0.99       0.99
 gae_lambda            0.98     0.9        0.95
 learning_rate         5e-4     3e-4       2.5e-4
-num_minibatches       4        32         4
+num_minibatches       16       32         4
 update_epochs         10       10         4
 norm_adv              True     False      True
 target_kl             None     0.05       None
@@ -116,7 +116,7 @@ def test_help_shows_the_numbers_of_the_preset_or_the_run(monkeypatch, capsys):
         assert end.value.code == 0
         return re.search(rf"{flag} .*?\(default: (\S+)\)", words(capsys.readouterr().out))[1]
 
-    assert default("--num-envs INT") == "8"
+    assert default("--num-envs INT") == "16"
     assert default("--num-envs INT", "--env-id", "Pendulum-v1") == "64"
     assert default("--num-envs INT", "--preset=continuous") == "64"
     tiny = ["--total-timesteps=64", "--num-envs=2", "--num-minibatches=4", "--run-name=a"]

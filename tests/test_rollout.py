@@ -13,7 +13,7 @@ from test_gae import weighted_n_step_advantage
 import ppo
 
 FLAGS = {"num_envs": 3, "num_steps": 16, "gamma": 0.9, "learning_rate": 1e-2}
-FLAGS |= {"norm_obs": False, "norm_reward": False, "norm_adv": False}
+FLAGS |= {"norm_obs": False, "norm_reward": False, "norm_adv": False, "num_minibatches": 4}
 
 
 @torch.no_grad()

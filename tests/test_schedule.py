@@ -103,7 +103,7 @@ def test_a_whole_update_equals_stable_baselines3s(action_space, monkeypatch):
     """
     T, N = 32, 4
     flags = {"gamma": 0.99, "gae_lambda": 0.95, "learning_rate": 1e-3, "vf_coef": 1.0}
-    flags |= {"clip_vloss": False, "norm_obs": False, "norm_reward": False}
+    flags |= {"clip_vloss": False, "norm_obs": False, "norm_reward": False, "num_minibatches": 4}
     args = ppo.Args(**flags)  # as SB3's defaults, but for the learning rate
     torch.manual_seed(0)
     agent = ppo.Agent(spaces.Box(-9, 9, (3,)), action_space, args)
@@ -227,5 +227,5 @@ def test_a_run_goes_on_where_no_step_was_taken(steps):
 
 def test_equal_advantages_are_normalised_to_nothing():
     batch = ppo.Batch(*[torch.full((20,), 3.0)] * 6)
-    for part in ppo.minibatches(batch, ppo.Args()):
+    for part in ppo.minibatches(batch, ppo.Args(num_minibatches=4)):
         assert abs(part.advantage).max() < 1e-6

@@ -64,7 +64,7 @@ def test_a_reset_seeds_all_generators():
         return [*numbers, *obs.flatten().tolist()]
 
     first = draws(1, 0)
-    assert len(set(first)) == 3 + 8 * 4
+    assert len(set(first)) == 3 + 16 * 4
     assert draws(1, 0) == first
     for other in (draws(2, 0), draws(1, 7)):
         assert not set(other) & set(first)

@@ -6,9 +6,10 @@
     python tests/benchmarks/learning.py --folder runs/try --only Ant --flags="--num-steps 64"
 
 A finished run is a line of results.csv and a curve in <task>.csv. It is not run again, unless its
-task has other flags now, be it here or by a preset, or its line is taken out. So this may be
-interrupted and called again, but not twice at a time for one folder. The runs whose flags are those
-of now are shown in table.md, curves.png and front.png. All are trained with --compile.
+task has other flags now, be it here or by a preset, or its line is taken out, as must be done where
+a default of Args changes. So this may be interrupted and called again, but not twice at a time for
+one folder. The runs whose flags are those of now are shown in table.md, curves.png and front.png.
+All are trained with --compile.
 
 The training return is the mean of the last 100 episodes, the evaluation that of 100 greedy episodes
 of the last checkpoint, and the best return the same of best.pt. Seconds are those of the whole
