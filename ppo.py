@@ -89,7 +89,7 @@ class Args:
     vectorization_mode: Literal["sync", "async", "vector_entry_point"] = "sync"
     stagger_episodes: bool = True  # cut first episodes short, at random points (arXiv:2511.21011)
     # Rollout
-    total_timesteps: int = 500_000  # steps of all environments, those that only reset included
+    total_timesteps: int = 500_000  # steps of all environments together, resetting ones included
     num_steps: int = 128  # T, steps of each environment in a rollout
     gamma: float = 0.995  # discount factor (0: immediate rewards only)
     gae_lambda: float = 0.98  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
@@ -166,7 +166,7 @@ class RunningStats(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], min_std: float = 1e-4):
         super().__init__()
-        self.min_std = min_std  # never divide by less
+        self.min_std = min_std  # the least that std becomes
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))  # the variance might overflow float32
         self.register_buffer("count", torch.tensor(0))
@@ -176,7 +176,8 @@ class RunningStats(nn.Module):
         count, x_mean, x_var = moments(x.cpu().double())  # on the CPU, as mps has no float64
         weight = count / (count + self.count.cpu())  # of the new rows among all
         delta = x_mean - self.mean.cpu()
-        within = (1 - weight) * self.std.cpu().double().square() + weight * x_var
+        variance = self.std.cpu().double().square()
+        within = (1 - weight) * variance + weight * x_var
         between = weight * (1 - weight) * delta.square()
         self.mean += (weight * delta).to(self.mean)
         std = (within + between).sqrt()
@@ -198,12 +199,12 @@ class RewardScaler(nn.Module):
         self.discounted_return = 0.0  # later (N,), of the last row; a resumed run begins at 0
 
     def update(self, reward: Tensor, valid: Tensor) -> None:
-        """Count a rollout's rewards (T, N). A row that is not valid begins a new return."""
+        """Count a rollout's rewards (T, N). A row that is not valid begins a new return, of 0."""
         valid = valid.cpu()
-        discount = (self.gamma * valid).numpy()  # (T, N), an array, which is faster than a tensor
+        discount = (self.gamma * valid).numpy()  # (T, N), faster in numpy here
         returns = np.empty_like(discount)
         last = self.discounted_return  # (N,)
-        for t, x in enumerate(reward.cpu().numpy()):
+        for t, x in enumerate((reward.cpu() * valid).numpy()):
             last = discount[t] * last + x
             returns[t] = last
         self.discounted_return = last
@@ -211,7 +212,7 @@ class RewardScaler(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The deviation, but at least a fifth of the root mean square (ours, for constant ones)."""
+        """Deviation, but at least a fifth of the root mean square (ours, for constant rewards)."""
         stats = self.return_stats
         root_mean_square = torch.hypot(stats.std, stats.mean)
         return torch.maximum(stats.std, root_mean_square / 5)
@@ -388,7 +389,7 @@ class Agent(nn.Module):
         has_images = is_image(observation_space)  # uint8, at least 36 x 36
         shape = observation_space.shape
         self.obs_dtype = np.uint8 if has_images else np.float32
-        # Integers are one-hot, as a rule: divided by its small deviation, a rare one is too large.
+        # Integers are mostly one-hot: a rare one, with its small deviation, would get too large.
         min_std = 0.2 if np.issubdtype(observation_space.dtype, np.integer) else 1e-4
         self.obs_stats = RunningStats(shape, min_std) if args.norm_obs and not has_images else None
         self.cnn = NatureCNN(shape) if has_images else None  # of both networks [Details] #21
@@ -449,8 +450,8 @@ def gae(
     """Generalised advantage estimation, for both kinds of episode ends.
 
     After a termination the next value is 0; after a truncation it is that of the final observation.
-    No advantage flows back across an end, so that no other row sees the meaningless ones that are
-    not valid. Takes (T, N), but value (T + 1, N); returns advantages and targets of V, both (T, N).
+    No advantage flows back across an end, so that rows that are not valid, which are meaningless,
+    reach no others. Takes (T, N), but value (T + 1, N). Returns advantages and targets, (T, N).
     """
     delta = reward + gamma * (value[1:] * ~terminated) - value[:-1]  # (T, N), [PPO] eq. 12
     decay = gamma * gae_lambda * (~done).to(delta.dtype)  # (T, N)
@@ -642,7 +643,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
             infos = update(agent, optimizer, rollout, batch, args, epsilon)
-            if agent.obs_stats is not None:  # last, as this changes pi; at first all is unscaled
+            if agent.obs_stats is not None:  # last, as it changes pi; the first rollout is unscaled
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
             run.log(rollout, batch, infos)  # counts run.step on, too
@@ -699,7 +700,7 @@ def check(args: Args) -> None:
         raise InputError("--vectorization-mode must be vector_entry_point for ALE/ games.")
     rows = args.num_envs // WORLD_SIZE * (args.num_steps // 2)
     if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
-        raise InputError(f"--num-minibatches need two rows each; --num-steps ensure only {rows}.")
+        raise InputError(f"--num-minibatches need 2 valid rows each; only {rows} are certain.")
 
 
 def choose_preset(args: Args) -> str:
@@ -713,7 +714,7 @@ def choose_preset(args: Args) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """What a command line asks for, such as ["--env-id", "Pendulum-v1"], its preset included."""
-    # The first pass finds what decides on the defaults. The second parses and helps with them.
+    # The first pass finds what decides on the defaults, the second parses and helps with them.
     first, _ = tyro.cli(CommandLine, args=argv, return_unknown_args=True, add_help=False)
     if not isinstance(first.env_kwargs, dict):
         raise InputError('--env-kwargs must be an object in JSON, such as {"size": 5}.')
@@ -776,7 +777,7 @@ def make_vector_env(args: Args, num_envs: int, video: str | None) -> VectorEnv:
         options["vector_kwargs"] = {"copy": False}  # of observations, as `collect` copies them
     try:
         envs = gym.make_vec(env_id, num_envs, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise InputError(f"Cannot make {env_id}: {error}") from error
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         if video is None and not args.env_kwargs:
@@ -828,8 +829,7 @@ class Atari(RecordEpisodeStatistics):
     def reset(self, **kwargs) -> tuple:
         obs, info = super().reset(**kwargs)
         self.lives = info["lives"]
-        # ALE's own vector version begins games with FIRE, Gymnasium's wrappers do not.
-        self.restarts = np.full(self.num_envs, not self.is_native)
+        self.restarts = np.full(self.num_envs, not self.is_native)  # native ones begin with FIRE
         return obs, info
 
     def step(self, action: np.ndarray) -> tuple:
@@ -858,7 +858,7 @@ def check_env(env_id: str, envs: VectorEnv, filmed: bool) -> None:
     parts = space if isinstance(space, spaces.Dict) else {"observation": space}
     for name, part in parts.items():
         if part is not space and is_image(part):
-            patch = "tests/forks/multi-input.patch takes it, and a wrapper can take it alone"
+            patch = "tests/forks/multi-input.patch takes all, TransformObservation it alone"
             raise InputError(f"{env_id}: {name} is an image within a Dict: {patch}.")
         flat = None
         with suppress(NotImplementedError):  # of a space that the environment has made itself
@@ -873,10 +873,9 @@ def reset(envs: VectorEnv, args: Args, step: int) -> tuple:
     obs, _ = envs.reset(seed=env_seed)
     vector = envs.unwrapped
     is_gymnasiums = isinstance(vector, SyncVectorEnv | AsyncVectorEnv)
-    has_limit = is_gymnasiums and all(vector.call("has_wrapper_attr", "_elapsed_steps"))
-    if args.stagger_episodes and has_limit:
-        limits = vector.get_attr("_max_episode_steps")
-        elapsed = np.random.default_rng(env_seed).integers(limits)
+    limit = vector.spec.max_episode_steps  # of the wrapper TimeLimit, if there is one
+    if args.stagger_episodes and is_gymnasiums and limit is not None:
+        elapsed = np.random.default_rng(env_seed).integers(limit, size=envs.num_envs)
         vector.set_attr("_elapsed_steps", elapsed.tolist())
     return obs, np.zeros(envs.num_envs, bool)
 
@@ -943,8 +942,7 @@ def set_up(args: Args, images: bool) -> str:
     if args.compile or WORLD_SIZE > 1:
         torch._dynamo.config.trace_autograd_ops = True  # for `backward`; set before they connect
     if WORLD_SIZE > 1 and not distributed.is_initialized():
-        # Where there is a GPU, torch would take nccl alone, which cannot send tensors on the CPU.
-        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # nccl: CUDA only
         distributed.init_process_group(backends)
         atexit.register(distributed.destroy_process_group)
     if args.capture_video and RANK == 0:
@@ -1002,9 +1000,10 @@ class Run:
                 agent.load_state_dict(saved["agent"])
                 optimizer.load_state_dict(saved["optimizer"])
                 self.step = saved["global_step"]
-                self.best = saved["best"]
-                envs.return_queue.extend(saved["returns"])
-                envs.length_queue.extend(saved["lengths"])
+                if args.env_id == saved["args"].env_id:
+                    self.best = saved["best"]
+                    envs.return_queue.extend(saved["returns"])
+                    envs.length_queue.extend(saved["lengths"])
             if args.run_name == saved["args"].run_name:
                 self.folder = saved["folder"]
         if WORLD_SIZE > 1:
@@ -1055,14 +1054,15 @@ class Run:
                 raise NonFiniteError(f"{name}{index or ''} is {x[tuple(index)].item()}.")
         residual = batch.target - batch.value
         columns = torch.stack([residual, batch.target], dim=1)  # (M, 2)
-        _, _, variance = moments(columns)  # sums over all processes, so before this return
+        _, _, variance = moments(columns)  # before the return, as it sums over processes
         if RANK > 0:
             return
         self.times.append(time.monotonic())
         seconds = self.times[-1] - self.times[0]
         speed = (len(self.times) - 1) * self.batch_size / seconds
         scalars = {f"losses/{name}": x.item() for name, x in losses.items()}
-        scalars["losses/explained_variance"] = (1 - variance[0] / variance[1]).item()
+        explained_variance = 1 - variance[0] / variance[1]
+        scalars["losses/explained_variance"] = explained_variance.item()
         scalars["losses/updates"] = len(infos)
         scalars["charts/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         scalars["charts/SPS"] = speed
@@ -1101,7 +1101,7 @@ class Run:
             return
         is_regular = self.crosses(self.interval) or self.step >= self.args.total_timesteps
         returns = self.envs.return_queue
-        num_whole = self.envs.episode_count - self.envs.num_envs  # first ones may be cut short
+        num_whole = self.envs.episode_count - self.envs.num_envs  # each one's first may be cut
         if is_regular and num_whole >= 100 and np.mean(returns) > self.best:
             self.best = float(np.mean(returns))
             self.write("best.pt")
@@ -1111,7 +1111,7 @@ class Run:
     def write(self, name: str) -> None:
         """Write a checkpoint to a file, which is never half-written."""
         self.writer.flush()  # a resumed run logs only what comes after the checkpoint
-        env_kwargs = json.loads(json.dumps(self.args.env_kwargs, default=str))  # without objects
+        env_kwargs = json.loads(json.dumps(self.args.env_kwargs, default=str))  # objects as strings
         checkpoint = {
             "args": vars(self.args) | {"env_kwargs": env_kwargs},
             "global_step": self.step,

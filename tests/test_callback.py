@@ -17,7 +17,7 @@ class Levels(gym.Env):
     observation_space = spaces.Box(0, 10, (1,), np.float32)
     action_space = spaces.Discrete(2)
     level = 1.0
-    _max_episode_steps = None  # some environments have that, but no TimeLimit to stagger
+    _elapsed_steps = 0  # some environments have that, but no TimeLimit to stagger
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -286,6 +286,7 @@ def test_every_flag_given_wins(copy, command):
     assert [step for step, _ in rates] == [*range(32, 385, 32), 512, 640]
     assert [rate for _, rate in rates[12:]] == pytest.approx([1e-4, 1e-4])
     assert checkpoint["optimizer"]["state"][0]["step"] == 14 * 2 * 2
+    assert sum(checkpoint["lengths"]) <= 256, "the episodes of the new environment alone"
 
 
 def test_another_name_is_another_folder(copy, command):
