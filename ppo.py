@@ -700,7 +700,7 @@ def check(args: Args) -> None:
         raise InputError("--vectorization-mode must be vector_entry_point for ALE/ games.")
     rows = args.num_envs // WORLD_SIZE * (args.num_steps // 2)
     if rows < 2 * args.num_minibatches:  # the deviation of a single row is no number
-        raise InputError(f"--num-minibatches need 2 valid rows each; only {rows} are certain.")
+        raise InputError(f"--num-minibatches need two rows each; only {rows} are sure to be valid.")
 
 
 def choose_preset(args: Args) -> str:
