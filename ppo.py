@@ -858,7 +858,7 @@ def check_env(env_id: str, envs: VectorEnv, filmed: bool) -> None:
     parts = space if isinstance(space, spaces.Dict) else {"observation": space}
     for name, part in parts.items():
         if part is not space and is_image(part):
-            patch = "tests/forks/multi-input.patch takes all, TransformObservation it alone"
+            patch = "tests/forks/multi-input.patch takes both, TransformObservation the image"
             raise InputError(f"{env_id}: {name} is an image within a Dict: {patch}.")
         flat = None
         with suppress(NotImplementedError):  # of a space that the environment has made itself
@@ -871,12 +871,12 @@ def reset(envs: VectorEnv, args: Args, step: int) -> tuple:
     """Seed the generators by args.seed and the step, reset, and return obs (N, *obs), done (N,)."""
     env_seed = seed_generators(args.seed, step) + RANK * envs.num_envs
     obs, _ = envs.reset(seed=env_seed)
-    vector = envs.unwrapped
-    is_gymnasiums = isinstance(vector, SyncVectorEnv | AsyncVectorEnv)
-    limit = vector.spec.max_episode_steps  # of the wrapper TimeLimit, if there is one
-    if args.stagger_episodes and is_gymnasiums and limit is not None:
+    registered = envs.spec.max_episode_steps
+    limit = args.env_kwargs.get("max_episode_steps", registered) or 0  # of TimeLimit; -1, 0: none
+    is_native = args.vectorization_mode == "vector_entry_point"
+    if args.stagger_episodes and limit > 0 and not is_native:
         elapsed = np.random.default_rng(env_seed).integers(limit, size=envs.num_envs)
-        vector.set_attr("_elapsed_steps", elapsed.tolist())
+        envs.unwrapped.set_attr("_elapsed_steps", elapsed.tolist())
     return obs, np.zeros(envs.num_envs, bool)
 
 
