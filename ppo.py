@@ -105,10 +105,10 @@ class Args:
     compile: bool = False  # compile loss and gradient: slower to start, then faster
     # Loss
     clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
-    anneal_clip: bool = False  # let epsilon fall linearly over the run (off: constant)
     clip_vloss: bool = True  # clip V to within epsilon of its old value in the loss, too
     dual_clip: float | None = None  # c: where A < 0, the surrogate is at least c A (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
+    anneal_ent: bool = False  # let this weight fall linearly over the run (off: constant)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     # Network and scaling
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of hidden layers (not for images), as 256 256
@@ -476,11 +476,12 @@ def clipped_error(value: Tensor, old_value: Tensor, target: Tensor, epsilon: flo
     return torch.max(error, (clipped - target).square())
 
 
-def ppo_loss(agent: Agent, batch: Batch, args: Args, epsilon: float) -> tuple[Tensor, dict]:
+def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     """The scalar loss, which is the objective [PPO] eq. 9 negated, and detached scalars to log."""
     dist, value = agent(batch.obs)
     logratio = dist.log_prob(batch.action) - batch.logprob  # (M,)
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
+    epsilon = args.clip_coef * ratio.new_ones(())  # of a float --compile would keep the first value
 
     surrogate = clipped_surrogate(ratio, batch.advantage, epsilon)  # (M,)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
@@ -587,21 +588,17 @@ def collect(
     return rollout, all_obs[-1], all_done[-1]
 
 
-def backward(agent: Agent, batch: Batch, args: Args, epsilon: float) -> dict:
+def backward(agent: Agent, batch: Batch, args: Args) -> dict:
     """Compute the gradient of the loss, and return the scalars to log. --compile compiles this."""
-    loss, info = ppo_loss(agent, batch, args, epsilon)
+    loss, info = ppo_loss(agent, batch, args)
     loss.backward()
     return info
 
 
-def update(
-    agent: Agent, optimizer: Optimizer, rollout: Rollout, batch: Batch, args: Args, epsilon: float
-) -> list[dict]:
+def update(agent: Agent, optimizer: Optimizer, rollout: Rollout, batch: Batch, args: Args) -> list:
     """K epochs of minibatch steps over the batch of a rollout; returns the scalars of each."""
     parameters = list(agent.parameters())
     differentiate = compiled(backward, dynamic=True) if args.compile else backward
-    if args.compile:
-        epsilon = torch.tensor(epsilon)  # (), as each new float would be compiled again
     infos = []
     for epoch in range(args.update_epochs):
         if epoch > 0 and args.recompute_advantages:
@@ -609,7 +606,7 @@ def update(
             batch = recomputed._replace(logprob=batch.logprob)  # new, but for pi_old
         for minibatch in minibatches(batch, args):
             optimizer.zero_grad()
-            info = differentiate(agent, minibatch, args, epsilon)
+            info = differentiate(agent, minibatch, args)
             average_gradients(parameters, info, len(minibatch.obs))  # of several processes
             if args.target_kl is not None and info["approx_kl"] > args.target_kl:
                 return infos  # without this step
@@ -636,13 +633,15 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
             remaining = 1 - run.step / args.total_timesteps  # from 1 towards 0
             for group in optimizer.param_groups:  # [Details] #4
                 group["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-            epsilon = args.clip_coef * (remaining if args.anneal_clip else 1)
+            annealed = args
+            if args.anneal_ent:
+                annealed = replace(args, ent_coef=args.ent_coef * remaining)
 
             rollout, obs, done = collect(agent, envs, obs, done, args)
             if agent.reward_scaler is not None:  # this rollout's rewards are scaled by it, too
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
-            infos = update(agent, optimizer, rollout, batch, args, epsilon)
+            infos = update(agent, optimizer, rollout, batch, annealed)
             if agent.obs_stats is not None:  # last, as it changes pi; the first rollout is unscaled
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 

@@ -56,7 +56,7 @@ class Learner:
     def update(self, rollout: ppo.Rollout, batch: ppo.Batch, **flags) -> list[dict]:
         """The infos of an update, as numbers; flags change the arguments for this once."""
         args = replace(self.args, **flags)
-        infos = ppo.update(self.agent, self.optimizer, rollout, batch, args, args.clip_coef)
+        infos = ppo.update(self.agent, self.optimizer, rollout, batch, args)
         return [{name: x.item() for name, x in info.items()} for info in infos]
 
     def copy(self) -> "Learner":

@@ -54,7 +54,7 @@ def test_a_compiled_update_is_the_same_up_to_rounding(env_id):
 
 
 def test_a_compiled_update_sees_other_numbers():
-    """Of epsilon, annealed, and of the arguments, none is a constant of what is compiled."""
+    """None of the arguments is a constant of what is compiled."""
     args = ppo.Args(num_steps=32, num_minibatches=1, update_epochs=1, norm_adv=False)
     args.compile = True
     with pieces.learner(args) as learner:
@@ -83,7 +83,7 @@ def test_runs_of_one_process_are_those_of_their_own_flags():
     before = number_compiled()
     for number, change in enumerate(
         [
-            {"anneal_clip": True, "num_minibatches": 3},
+            {"anneal_ent": True, "num_minibatches": 3},
             {"ent_coef": 0.3, "vf_coef": 2.0, "max_grad_norm": math.inf},
             {"hidden_sizes": (8,), "activation": "relu"},
         ]

@@ -68,11 +68,11 @@ def test_loss_and_gradient_are_those_of_the_cpu(device, work, monkeypatch):
     with pieces.learner(args) as learner:
         batch = learner.estimate(learner.collect())
     agent = learner.agent
-    expected = ppo.backward(agent, batch, args, 0.2)
+    expected = ppo.backward(agent, batch, args)
     gradients = [x.grad.clone() for x in agent.parameters()]
     agent.zero_grad()
     agent.to(device)
-    info = ppo.backward(agent, ppo.Batch(*[x.to(device) for x in batch]), args, 0.2)
+    info = ppo.backward(agent, ppo.Batch(*[x.to(device) for x in batch]), args)
     for name, x in info.items():
         torch.testing.assert_close(x.cpu(), expected[name], rtol=1e-3, atol=1e-5)
     for parameter, gradient in zip(agent.parameters(), gradients, strict=True):

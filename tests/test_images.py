@@ -106,7 +106,7 @@ def test_images_are_stored_as_bytes():
     assert rollout.obs.untyped_storage().nbytes() == 17 * 4 * 2 * 36 * 36
     batch = learner.estimate(rollout)
     assert batch.obs.dtype == torch.uint8
-    ppo.backward(learner.agent, batch, args, 0.2)
+    ppo.backward(learner.agent, batch, args)
     gradients = [x.grad for x in learner.agent.parameters()]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert all(gradient.abs().max() > 0 for gradient in gradients)

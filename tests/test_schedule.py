@@ -136,7 +136,7 @@ def test_a_whole_update_equals_stable_baselines3s(action_space, monkeypatch):
     model.train()
     torch.manual_seed(1)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    infos = ppo.update(agent, optimizer, rollout, batch, args, args.clip_coef)
+    infos = ppo.update(agent, optimizer, rollout, batch, args)
     assert len(infos) == 40
     assert max(info["clipfrac"] for info in infos) > 0
     assert max(info["grad_norm"] for info in infos) > 0.5, "gradients are clipped"
@@ -165,23 +165,30 @@ def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, steps):
     assert logged == [64 * (i + 1) for i in range(iterations)]
 
 
-@pytest.mark.parametrize("what", ["lr", "clip"])
-def test_annealing(what, steps):
-    """Over five iterations: 1, 0.8, 0.6, 0.4, 0.2 of the learning rate, or of epsilon.
+class Entropic(ppo.Agent):
+    """The gradient of its loss is that of its entropy, a parameter: the 2-norm is ent_coef."""
 
-    This is seen by how many of four minibatches, whose ratios are 1, 1.15, 1.3 and 1.45, are
-    clipped; the learning rates are too small to change them.
-    """
+    def forward(self, obs):
+        dist, value = super().forward(obs)
+        fixed = Shifted(dist, 0)
+        fixed.log_prob = lambda action: dist.log_prob(action).detach()
+        fixed.entropy = lambda: self.critic[-1].bias.expand(len(obs))
+        return fixed, value
+
+
+@pytest.mark.parametrize("what", ["lr", "ent"])
+def test_annealing(what, steps):
+    """Over five iterations: 1, 0.8, 0.6, 0.4, 0.2 of the learning rate, or of ent_coef."""
     flags = {"num_envs": 4, "num_steps": 16, "num_minibatches": 4, "update_epochs": 1}
-    flags |= {"total_timesteps": 320, "learning_rate": 1e-12, "clip_coef": 0.48, "eval_episodes": 0}
-    flags |= {"anneal_lr": what == "lr", "anneal_clip": what == "clip", "run_name": "a"}
-    ppo.train(ppo.Args(env_id="Endless-v0", **flags), agent_class=Drifting)
-    left = [1, 0.8, 0.6, 0.4, 0.2]
-    expected = [1e-12 * x for x in left] if what == "lr" else [1e-12] * 5
-    for rates in (pieces.values("runs/a", "charts/learning_rate"), [x for x, _ in steps[::4]]):
-        assert rates == pytest.approx(expected, rel=1e-6, abs=0)
-    clipped = [0, 0.25, 0.5, 0.5, 0.75] if what == "clip" else [0] * 5
-    assert pieces.values("runs/a", "losses/clipfrac") == pytest.approx(clipped)
+    flags |= {"total_timesteps": 320, "learning_rate": 1e-3, "ent_coef": 0.3, "vf_coef": 0.0}
+    flags |= {"anneal_lr": what == "lr", "anneal_ent": what == "ent", "run_name": "a"}
+    ppo.train(ppo.Args(env_id="Endless-v0", eval_episodes=0, **flags), agent_class=Entropic)
+    left = np.array([1, 0.8, 0.6, 0.4, 0.2])
+    rates = 1e-3 * left if what == "lr" else [1e-3] * 5
+    assert pieces.values("runs/a", "charts/learning_rate") == pytest.approx(rates)
+    assert [rate for rate, _ in steps[::4]] == pytest.approx(rates)
+    weights = 0.3 * left if what == "ent" else [0.3] * 5
+    assert [norm for _, norm in steps[::4]] == pytest.approx(weights)
 
 
 # A run of Constant, of reward 1 and one step, in which nothing is learnt.

@@ -147,7 +147,7 @@ def test_a_step_is_that_of_the_joined_minibatch(two):
         assert joined.advantage.std().item() == pytest.approx(1, abs=1e-5)
         assert abs(one["advantage"].mean().item()) > 1e-4, "of both together, not of each"
         agent.zero_grad()
-        info = ppo.backward(agent, joined, args, 0.2)
+        info = ppo.backward(agent, joined, args)
         clip_grad_norm_(agent.parameters(), 0.5)
         taken = info["approx_kl"].item() <= TARGET_KL
         for rank in (first, second):
@@ -155,7 +155,7 @@ def test_a_step_is_that_of_the_joined_minibatch(two):
             if taken:
                 gradient = parameters_to_vector([x.grad for x in agent.parameters()])
                 torch.testing.assert_close(rank["gradient"][i], gradient, atol=1e-6, rtol=0)
-        own = [ppo.ppo_loss(agent, ppo.Batch(**x), args, 0.2)[1] for x in (one, other)]
+        own = [ppo.ppo_loss(agent, ppo.Batch(**x), args)[1] for x in (one, other)]
         own_stop_differs |= any((x["approx_kl"].item() <= TARGET_KL) != taken for x in own)
         steps.append((info, taken))
     assert 0 < sum(not taken for _, taken in steps) < len(steps)

@@ -308,10 +308,10 @@ def show_row(cells):
 
 
 def write_tables(folder):
-    """Write table.md: means and deviations over the seeds, and what others have published."""
+    """Write table.md: mean, deviation and worst of the seeds, and what others have published."""
     finished = current(folder)
-    names = ["environment", "steps", "seeds", "training return", "greedy evaluation", "of best.pt"]
-    names += ["steps/s", "minutes"]
+    names = ["environment", "steps", "seeds", "training return", "worst seed"]
+    names += ["greedy evaluation", "worst seed", "of best.pt", "steps/s", "minutes"]
     text = show_row(names) + "|---" * len(names) + "|\n"
     for task, runs in finished.items():
         values = {}
@@ -321,6 +321,8 @@ def write_tables(folder):
         for name in ("training_return", "evaluation_return", "best_return"):
             spread = f" ± {values[name].std():.1f}" if len(runs) > 1 else ""
             cells.append(f"{values[name].mean():.1f}{spread}")
+            if name != "best_return":
+                cells.append(f"{values[name].min():.1f}")
         cells.append(f"{(values['steps'] / values['seconds']).mean():,.0f}")
         cells.append(f"{values['seconds'].mean() / 60:.1f}")
         text += show_row(cells)

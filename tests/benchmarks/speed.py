@@ -95,7 +95,7 @@ class Workload:
             --vectorization-mode {mode} --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
             --learning-rate {self.learning_rate} --anneal-lr --gamma 0.99 --gae-lambda 0.95
-            {norm_adv} --clip-coef {self.clip_coef} --no-anneal-clip --clip-vloss --dual-clip None
+            {norm_adv} --clip-coef {self.clip_coef} --clip-vloss --dual-clip None
             --ent-coef {self.ent_coef} --vf-coef {self.vf_coef} --max-grad-norm 0.5
             --target-kl {self.target_kl} {recompute} --hidden-sizes 64 64 --activation tanh
             --log-std-init {self.log_std_init} {scaling} --device cpu --eval-episodes 0
