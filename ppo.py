@@ -108,7 +108,6 @@ class Args:
     clip_vloss: bool = True  # clip V to within epsilon of its old value in the loss, too
     dual_clip: float | None = None  # c: where A < 0, the surrogate is at least c A (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
-    anneal_ent: bool = False  # let this weight fall linearly over the run (off: constant)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     # Network and scaling
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of hidden layers (not for images), as 256 256
@@ -466,7 +465,8 @@ def gae(
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
     """The surrogate objective (M,): no incentive to move ratios beyond 1 +- epsilon [PPO] eq. 7."""
-    return torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)  # (M,)
+    return torch.min(ratio * advantage, clipped * advantage)
 
 
 def clipped_error(value: Tensor, old_value: Tensor, target: Tensor, epsilon: float) -> Tensor:
@@ -481,7 +481,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     dist, value = agent(batch.obs)
     logratio = dist.log_prob(batch.action) - batch.logprob  # (M,)
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
-    epsilon = args.clip_coef * ratio.new_ones(())  # of a float --compile would keep the first value
+    epsilon = args.clip_coef * ratio.new_ones(())  # (); of a float --compile keeps the first value
 
     surrogate = clipped_surrogate(ratio, batch.advantage, epsilon)  # (M,)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
@@ -633,15 +633,12 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
             remaining = 1 - run.step / args.total_timesteps  # from 1 towards 0
             for group in optimizer.param_groups:  # [Details] #4
                 group["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-            annealed = args
-            if args.anneal_ent:
-                annealed = replace(args, ent_coef=args.ent_coef * remaining)
 
             rollout, obs, done = collect(agent, envs, obs, done, args)
             if agent.reward_scaler is not None:  # this rollout's rewards are scaled by it, too
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
             batch = estimate_advantages(agent, rollout, args)
-            infos = update(agent, optimizer, rollout, batch, annealed)
+            infos = update(agent, optimizer, rollout, batch, args)
             if agent.obs_stats is not None:  # last, as it changes pi; the first rollout is unscaled
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
@@ -1025,10 +1022,11 @@ class Run:
                 hint = f"--resume {self.folder} goes on with it, another --run-name begins anew"
                 raise InputError(f"{self.folder} exists: {hint}.")
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+        flags = vars(args).items()
+        rows = "".join(f"|{name}|{value}|\n" for name, value in flags)
         self.writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + rows, self.step)
-        flags = {x: y for x, y in vars(args).items() if isinstance(y, int | float | str)}
-        for summary in hparams(flags, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+        plain = {name: value for name, value in flags if isinstance(value, int | float | str)}
+        for summary in hparams(plain, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
             self.writer.file_writer.add_summary(summary)  # TensorBoard's table of all runs
         parameters = list(self.agent.parameters())
         size = sum(x.numel() for x in parameters)

@@ -567,7 +567,7 @@ LIMITS = {  # lines and places at most
     "AdamW": (1, 1),
     "LayerNorm": (1, 1),
     "A shared torso": (5, 2),
-    "A clip range that falls": (1, 1),
+    "A clip range that falls": (2, 1),
     "Muon": (6, 2),
     "A new logged scalar": (1, 1),
     "An info of each step": (5, 4),

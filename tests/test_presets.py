@@ -25,7 +25,6 @@ target_kl             None     0.05       None
 recompute_advantages  False    True       False
 clip_coef             0.2      0.2        0.1
 ent_coef              0.01     0.0        0.01
-anneal_ent            False    False      False
 vf_coef               0.5      0.25       0.5
 hidden_sizes          64,64    64,64      64,64
 log_std_init          0.0      -1.0       -1.0
