@@ -463,13 +463,13 @@ def gae(
     return advantage, advantage + value[:-1]
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, epsilon: Tensor) -> Tensor:
     """The surrogate objective (M,): no incentive to move ratios beyond 1 +- epsilon [PPO] eq. 7."""
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)  # (M,)
     return torch.min(ratio * advantage, clipped * advantage)
 
 
-def clipped_error(value: Tensor, old_value: Tensor, target: Tensor, epsilon: float) -> Tensor:
+def clipped_error(value: Tensor, old_value: Tensor, target: Tensor, epsilon: Tensor) -> Tensor:
     """The larger squared error (M,), of V or of V clipped around V_old [Details] #9."""
     clipped = value.clamp(old_value - epsilon, old_value + epsilon)  # (M,)
     error = (value - target).square()
@@ -481,7 +481,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     dist, value = agent(batch.obs)
     logratio = dist.log_prob(batch.action) - batch.logprob  # (M,)
     ratio = logratio.exp()  # (M,), pi(a|s) / pi_old(a|s); 1 at the first step, up to rounding
-    epsilon = args.clip_coef * ratio.new_ones(())  # (); of a float --compile keeps the first value
+    epsilon = args.clip_coef * ratio.new_ones(())  # (), as --compile keeps a float's first value
 
     surrogate = clipped_surrogate(ratio, batch.advantage, epsilon)  # (M,)
     if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5

@@ -95,7 +95,7 @@ def test_runs_of_one_process_are_those_of_their_own_flags():
             flags = {**SMALL, **change, "run_name": f"{number}-{compile}"}
             agent = ppo.train(ppo.Args(**flags, compile=compile))
             weights.append(torch.cat([x.detach().flatten() for x in agent.parameters()]))
-            if number == 0:
+            if number == 0:  # one that is compiled once, over several iterations
                 assert number_compiled() == before + compile
         torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5, msg=str(change))
 

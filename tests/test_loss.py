@@ -108,3 +108,11 @@ def test_the_parts_are_added_and_entropy_is_a_bonus():
     assert info["entropy"] == pytest.approx(0.7)
     assert loss == pytest.approx(-2 + 0.25 * 0.5 - 0.1 * 0.7)
     assert agent.row_entropy.grad.tolist() == pytest.approx([-0.1])
+
+
+def test_both_clippings_are_by_clip_coef():
+    """The ratio is clipped at 1.05, and the value, which should rise by 1, at 0.05."""
+    columns = {"value": [1.0], "old_value": [0.0], "target": [1.0]}
+    _, loss, info = run([1.1], [1.0], clip_coef=0.05, vf_coef=1.0, **columns)
+    assert loss == pytest.approx(-1.05 + 0.5 * 0.95**2)
+    assert info["clipfrac"] == 1
