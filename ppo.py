@@ -92,6 +92,7 @@ class Args:
     total_timesteps: int = 500_000  # steps of all environments together, resetting ones included
     num_steps: int = 128  # T, steps of each environment in a rollout
     gamma: float = 0.995  # discount factor (0: immediate rewards only)
+    anneal_gamma: bool = False  # let 1 - gamma fall linearly to half of it (arXiv:1512.02011)
     gae_lambda: float = 0.98  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
     # Update
     learning_rate: float = 5e-4  # step size of the optimizer
@@ -106,8 +107,8 @@ class Args:
     # Loss
     clip_coef: float = 0.2  # epsilon; the ratio is clipped to [1 - epsilon, 1 + epsilon]
     clip_vloss: bool = True  # clip V to within epsilon of its old value in the loss, too
-    dual_clip: float | None = None  # c: where A < 0, the surrogate is at least c A (None: off)
     ent_coef: float = 0.01  # c2, weight of the entropy bonus (0: off)
+    anneal_ent_coef: bool = False  # let ent_coef fall linearly to 0 over the run (off: constant)
     vf_coef: float = 0.5  # c1, weight of the value loss (0: off)
     # Network and scaling
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of hidden layers (not for images), as 256 256
@@ -126,13 +127,15 @@ PRESETS = {
         "num_envs": 64,
         "num_steps": 32,
         "gamma": 0.99,
+        "anneal_gamma": True,
         "gae_lambda": 0.9,
         "learning_rate": 3e-4,
         "num_minibatches": 32,
         "norm_adv": False,
         "target_kl": 0.05,
         "recompute_advantages": True,
-        "ent_coef": 0.0,
+        "ent_coef": 0.001,
+        "anneal_ent_coef": True,
         "vf_coef": 0.25,
         "log_std_init": -1.0,
     },
@@ -484,9 +487,6 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     epsilon = args.clip_coef * ratio.new_ones(())  # (), as --compile keeps a float's first value
 
     surrogate = clipped_surrogate(ratio, batch.advantage, epsilon)  # (M,)
-    if args.dual_clip is not None:  # bounds the loss where A < 0, arXiv:1912.09729 eq. 5
-        bounded = torch.max(surrogate, args.dual_clip * batch.advantage)
-        surrogate = torch.where(batch.advantage < 0, bounded, surrogate)
     policy_loss = -surrogate.mean()
     if args.clip_vloss:
         error = clipped_error(value, batch.value, batch.target, epsilon)
@@ -633,12 +633,15 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
             remaining = 1 - run.step / args.total_timesteps  # from 1 towards 0
             for group in optimizer.param_groups:  # [Details] #4
                 group["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+            gamma = 1 - (1 - args.gamma) * ((1 + remaining) / 2 if args.anneal_gamma else 1)
+            ent_coef = args.ent_coef * (remaining if args.anneal_ent_coef else 1)
+            annealed = replace(args, gamma=gamma, ent_coef=ent_coef)
 
             rollout, obs, done = collect(agent, envs, obs, done, args)
             if agent.reward_scaler is not None:  # this rollout's rewards are scaled by it, too
                 agent.reward_scaler.update(rollout.reward, rollout.valid)
-            batch = estimate_advantages(agent, rollout, args)
-            infos = update(agent, optimizer, rollout, batch, args)
+            batch = estimate_advantages(agent, rollout, annealed)
+            infos = update(agent, optimizer, rollout, batch, annealed)
             if agent.obs_stats is not None:  # last, as it changes pi; the first rollout is unscaled
                 agent.obs_stats.update(rollout.obs[:-1][rollout.valid])
 
@@ -675,7 +678,7 @@ RANGES = {  # the least and the most; None is not checked
     "seed eval_episodes learning_rate max_grad_norm": (0, math.inf),
     "target_kl clip_coef ent_coef vf_coef": (0, math.inf),
     "num_envs total_timesteps num_steps num_minibatches hidden_sizes": (1, math.inf),
-    "update_epochs checkpoint_interval dual_clip": (1, math.inf),
+    "update_epochs checkpoint_interval": (1, math.inf),
     "gamma gae_lambda": (0, 1),
     "log_std_init": (-20, 2),
 }

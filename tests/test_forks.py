@@ -34,7 +34,7 @@ MOST_LINES = {  # added or changed
     "muon": 11,
     "gsde": 38,
     "squashed": 25,
-    "spo": 6,
+    "spo": 5,
     "wandb": 10,
     "export": 20,
     "multi-input": 40,

@@ -16,6 +16,7 @@ total_timesteps       500_000  1_000_000  10_000_000
 num_envs              16       64         8
 num_steps             128      32         128
 gamma                 0.995    0.99       0.99
+anneal_gamma          False    True       False
 gae_lambda            0.98     0.9        0.95
 learning_rate         5e-4     3e-4       2.5e-4
 num_minibatches       16       32         4
@@ -24,7 +25,8 @@ norm_adv              True     False      True
 target_kl             None     0.05       None
 recompute_advantages  False    True       False
 clip_coef             0.2      0.2        0.1
-ent_coef              0.01     0.0        0.01
+ent_coef              0.01     0.001      0.01
+anneal_ent_coef       False    True       False
 vf_coef               0.5      0.25       0.5
 hidden_sizes          64,64    64,64      64,64
 log_std_init          0.0      -1.0       -1.0
@@ -52,7 +54,7 @@ def test_what_is_trained_without_a_flag():
     assert args.env_id == "CartPole-v1"
     assert vars(args) | EXPECTED["discrete"] == vars(args)
     others = {"seed": 1, "anneal_lr": True, "clip_vloss": True, "max_grad_norm": 0.5}
-    others |= {"dual_clip": None, "compile": False}
+    others |= {"compile": False}
     assert vars(args) | others == vars(args)
 
 

@@ -165,16 +165,26 @@ def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, steps):
     assert logged == [64 * (i + 1) for i in range(iterations)]
 
 
-def test_annealing(steps):
-    """Over five iterations: 1, 0.8, 0.6, 0.4, 0.2 of the learning rate, or all of it."""
-    flags = {"num_envs": 4, "num_steps": 16, "num_minibatches": 4, "update_epochs": 1}
-    flags |= {"total_timesteps": 320, "learning_rate": 1e-3, "eval_episodes": 0}
-    for name, left in (("a", [1, 0.8, 0.6, 0.4, 0.2]), ("b", [1] * 5)):
-        steps.clear()
-        ppo.train(ppo.Args(env_id="Endless-v0", anneal_lr=name == "a", run_name=name, **flags))
-        rates = [1e-3 * x for x in left]
-        assert pieces.values(f"runs/{name}", "charts/learning_rate") == pytest.approx(rates)
-        assert [rate for rate, _ in steps[::4]] == pytest.approx(rates)
+@pytest.mark.parametrize("on", [True, False])
+def test_annealing(on, steps, monkeypatch):
+    """Over five iterations: the learning rate and the bonus by fifths, 1 - gamma to its half."""
+    gammas, weights = [], []
+    gae, ppo_loss = ppo.gae, ppo.ppo_loss
+    monkeypatch.setattr(ppo, "gae", lambda *x: gammas.append(x[4]) or gae(*x))
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *x: weights.append(x[2].ent_coef) or ppo_loss(*x))
+    flags = {"num_envs": 4, "num_steps": 16, "num_minibatches": 4, "update_epochs": 2}
+    flags |= {"total_timesteps": 320, "recompute_advantages": True, "eval_episodes": 0}
+    flags |= {"learning_rate": 1e-3, "gamma": 0.9, "ent_coef": 0.1, "env_id": "Endless-v0"}
+    flags |= {"anneal_lr": on, "anneal_gamma": on, "anneal_ent_coef": on, "run_name": "a"}
+    ppo.train(ppo.Args(**flags))
+    left = pytest.approx([1, 0.8, 0.6, 0.4, 0.2] if on else [1] * 5)
+    rates = [rate * 1000 for rate, _ in steps]
+    assert len(rates) == len(weights) == 5 * 8
+    assert [x * 1000 for x in pieces.values("runs/a", "charts/learning_rate")] == left
+    assert rates[::8] == rates[7::8] == left
+    assert [x * 10 for x in weights[::8]] == [x * 10 for x in weights[7::8]] == left
+    expected = [0.9, 0.91, 0.92, 0.93, 0.94] if on else [0.9] * 5
+    assert gammas[::2] == gammas[1::2] == pytest.approx(expected)
 
 
 # A run of Constant, of reward 1 and one step, in which nothing is learnt.

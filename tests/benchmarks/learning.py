@@ -50,8 +50,10 @@ import ppo  # noqa: E402
 SHORT = "--total-timesteps 100_000"
 MILLION = "--total-timesteps 1_000_000"
 LONG = "--total-timesteps 3_000_000"
+BEFORE = "--no-anneal-gamma --ent-coef 0 --no-anneal-ent-coef"  # as these tasks were run
 PENDULUM = f"{SHORT} --num-envs 16 --num-steps 64 --num-minibatches 16 --log-std-init 0"
 PENDULUM += " --gamma 0.9 --learning-rate 1e-3"
+HILL = f"{SHORT} --log-std-init 0"
 SWIMMER = "--num-envs 8 --num-steps 256 --log-std-init 0 --gamma 0.9999 --gae-lambda 0.98"
 CONTINUOUS = """--env-kwargs '{"continuous": true}' --gamma 0.995 --gae-lambda 0.98"""
 # By name: the environment, and the flags beside the seed. Where there are none, the preset decides.
@@ -60,25 +62,25 @@ TASKS = {
     "CartPole, 100k": ("CartPole-v1", SHORT),
     "Acrobot": ("Acrobot-v1", ""),
     "MountainCar": ("MountainCar-v0", ""),
-    "MountainCarContinuous, 100k": ("MountainCarContinuous-v0", f"{SHORT} --log-std-init 0"),
-    "Pendulum": ("Pendulum-v1", ""),
-    "Pendulum, 100k": ("Pendulum-v1", PENDULUM),
+    "MountainCarContinuous, 100k": ("MountainCarContinuous-v0", f"{HILL} {BEFORE}"),
+    "Pendulum": ("Pendulum-v1", BEFORE),
+    "Pendulum, 100k": ("Pendulum-v1", f"{PENDULUM} {BEFORE}"),
     "LunarLander": ("LunarLander-v3", MILLION),
-    "LunarLander, continuous": ("LunarLander-v3", CONTINUOUS),
-    "BipedalWalker, 5M": ("BipedalWalker-v3", "--total-timesteps 5_000_000"),
-    "HalfCheetah": ("HalfCheetah-v5", ""),
-    "Hopper": ("Hopper-v5", ""),
-    "Walker2d": ("Walker2d-v5", ""),
-    "Ant": ("Ant-v5", ""),
-    "Humanoid": ("Humanoid-v5", ""),
-    "Swimmer": ("Swimmer-v5", SWIMMER),
-    "Reacher": ("Reacher-v5", ""),
-    "InvertedDoublePendulum": ("InvertedDoublePendulum-v5", "--num-minibatches 4"),
-    "HalfCheetah, 3M": ("HalfCheetah-v5", LONG),
-    "Hopper, 3M": ("Hopper-v5", LONG),
-    "Walker2d, 3M": ("Walker2d-v5", LONG),
-    "Ant, 3M": ("Ant-v5", LONG),
-    "Humanoid, 3M": ("Humanoid-v5", LONG),
+    "LunarLander, continuous": ("LunarLander-v3", f"{CONTINUOUS} {BEFORE}"),
+    "BipedalWalker, 5M": ("BipedalWalker-v3", f"--total-timesteps 5_000_000 {BEFORE}"),
+    "HalfCheetah": ("HalfCheetah-v5", BEFORE),
+    "Hopper": ("Hopper-v5", BEFORE),
+    "Walker2d": ("Walker2d-v5", BEFORE),
+    "Ant": ("Ant-v5", BEFORE),
+    "Humanoid": ("Humanoid-v5", BEFORE),
+    "Swimmer": ("Swimmer-v5", f"{SWIMMER} {BEFORE}"),
+    "Reacher": ("Reacher-v5", BEFORE),
+    "InvertedDoublePendulum": ("InvertedDoublePendulum-v5", f"--num-minibatches 4 {BEFORE}"),
+    "HalfCheetah, 3M": ("HalfCheetah-v5", f"{LONG} {BEFORE}"),
+    "Hopper, 3M": ("Hopper-v5", f"{LONG} {BEFORE}"),
+    "Walker2d, 3M": ("Walker2d-v5", f"{LONG} {BEFORE}"),
+    "Ant, 3M": ("Ant-v5", f"{LONG} {BEFORE}"),
+    "Humanoid, 3M": ("Humanoid-v5", f"{LONG} {BEFORE}"),
     "Pong, 3M": ("ALE/Pong-v5", LONG),
     "Breakout, 3M": ("ALE/Breakout-v5", LONG),
 }

@@ -95,7 +95,7 @@ class Workload:
             --vectorization-mode {mode} --num-steps {self.num_steps} --total-timesteps {timesteps}
             --num-minibatches {self.num_minibatches} --update-epochs {self.update_epochs}
             --learning-rate {self.learning_rate} --anneal-lr --gamma 0.99 --gae-lambda 0.95
-            {norm_adv} --clip-coef {self.clip_coef} --clip-vloss --dual-clip None
+            {norm_adv} --clip-coef {self.clip_coef} --clip-vloss
             --ent-coef {self.ent_coef} --vf-coef {self.vf_coef} --max-grad-norm 0.5
             --target-kl {self.target_kl} {recompute} --hidden-sizes 64 64 --activation tanh
             --log-std-init {self.log_std_init} {scaling} --device cpu --eval-episodes 0
@@ -109,7 +109,7 @@ PRESET = {  # that of ppo.py for continuous actions
     "update_epochs": 10,
     "learning_rate": 3e-4,
     "norm_adv": False,
-    "ent_coef": 0.0,
+    "ent_coef": 0.001,
     "vf_coef": 0.25,
     "log_std_init": -1.0,
     "target_kl": 0.05,
