@@ -92,7 +92,7 @@ class Args:
     total_timesteps: int = 500_000  # steps of all environments together, resetting ones included
     num_steps: int = 128  # T, steps of each environment in a rollout
     gamma: float = 0.995  # discount factor (0: immediate rewards only)
-    anneal_gamma: bool = False  # let 1 - gamma fall linearly to half of it (arXiv:1512.02011)
+    anneal_gamma: bool = False  # halve 1 - gamma, linearly over half of the run (arXiv:1512.02011)
     gae_lambda: float = 0.98  # lambda of GAE (0: one-step TD errors; 1: Monte Carlo returns)
     # Update
     learning_rate: float = 5e-4  # step size of the optimizer
@@ -633,7 +633,7 @@ def train(args: Args, agent_class: type[Agent] = Agent, callback: Callable | Non
             remaining = 1 - run.step / args.total_timesteps  # from 1 towards 0
             for group in optimizer.param_groups:  # [Details] #4
                 group["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-            gamma = 1 - (1 - args.gamma) * ((1 + remaining) / 2 if args.anneal_gamma else 1)
+            gamma = 1 - (1 - args.gamma) * (max(remaining, 0.5) if args.anneal_gamma else 1)
             ent_coef = args.ent_coef * (remaining if args.anneal_ent_coef else 1)
             annealed = replace(args, gamma=gamma, ent_coef=ent_coef)
 

@@ -167,7 +167,7 @@ def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, steps):
 
 @pytest.mark.parametrize("on", [True, False])
 def test_annealing(on, steps, monkeypatch):
-    """Over five iterations: the learning rate and the bonus by fifths, 1 - gamma to its half."""
+    """Over five iterations: the learning rate and the bonus by fifths, 1 - gamma till halved."""
     gammas, weights = [], []
     gae, ppo_loss = ppo.gae, ppo.ppo_loss
     monkeypatch.setattr(ppo, "gae", lambda *x: gammas.append(x[4]) or gae(*x))
@@ -183,7 +183,7 @@ def test_annealing(on, steps, monkeypatch):
     assert [x * 1000 for x in pieces.values("runs/a", "charts/learning_rate")] == left
     assert rates[::8] == rates[7::8] == left
     assert [x * 10 for x in weights[::8]] == [x * 10 for x in weights[7::8]] == left
-    expected = [0.9, 0.91, 0.92, 0.93, 0.94] if on else [0.9] * 5
+    expected = [0.9, 0.92, 0.94, 0.95, 0.95] if on else [0.9] * 5
     assert gammas[::2] == gammas[1::2] == pytest.approx(expected)
 
 
