@@ -55,7 +55,7 @@ PENDULUM = f"{SHORT} --num-envs 16 --num-steps 64 --num-minibatches 16 --log-std
 PENDULUM += " --gamma 0.9 --learning-rate 1e-3"
 HILL = f"{SHORT} --log-std-init 0"
 SWIMMER = "--num-envs 8 --num-steps 256 --log-std-init 0 --gamma 0.9999 --gae-lambda 0.98"
-CONTINUOUS = """--env-kwargs '{"continuous": true}' --gamma 0.995 --gae-lambda 0.98"""
+CONTINUOUS = """--env-kwargs '{"continuous": true}'"""
 # By name: the environment, and the flags beside the seed. Where there are none, the preset decides.
 TASKS = {
     "CartPole": ("CartPole-v1", ""),
@@ -66,12 +66,12 @@ TASKS = {
     "Pendulum": ("Pendulum-v1", BEFORE),
     "Pendulum, 100k": ("Pendulum-v1", f"{PENDULUM} {BEFORE}"),
     "LunarLander": ("LunarLander-v3", MILLION),
-    "LunarLander, continuous": ("LunarLander-v3", f"{CONTINUOUS} {BEFORE}"),
-    "BipedalWalker, 5M": ("BipedalWalker-v3", f"--total-timesteps 5_000_000 {BEFORE}"),
-    "HalfCheetah": ("HalfCheetah-v5", BEFORE),
-    "Hopper": ("Hopper-v5", BEFORE),
-    "Walker2d": ("Walker2d-v5", BEFORE),
-    "Ant": ("Ant-v5", BEFORE),
+    "LunarLander, continuous": ("LunarLander-v3", CONTINUOUS),
+    "BipedalWalker, 2M": ("BipedalWalker-v3", "--total-timesteps 2_000_000"),
+    "HalfCheetah": ("HalfCheetah-v5", ""),
+    "Hopper": ("Hopper-v5", ""),
+    "Walker2d": ("Walker2d-v5", ""),
+    "Ant": ("Ant-v5", ""),
     "Humanoid": ("Humanoid-v5", BEFORE),
     "Swimmer": ("Swimmer-v5", f"{SWIMMER} {BEFORE}"),
     "Reacher": ("Reacher-v5", BEFORE),
@@ -119,7 +119,7 @@ PUBLISHED = {  # with the steps, where these are not those of the task
     "Pendulum, 100k": {"rl-zoo3": "-172.2"},
     "LunarLander": {"rl-zoo3": "242.1", "SLM-Lab": "183.3 (300k)"},
     "LunarLander, continuous": {"rl-zoo3": "270", "SLM-Lab": "132.6 (300k)"},
-    "BipedalWalker, 5M": {"rl-zoo3": "287.9"},
+    "BipedalWalker, 2M": {"rl-zoo3": "287.9 (5M)"},
     "HalfCheetah": {
         "CleanRL": "1442.6 ± 46.0",
         "baselines": "1668.6",
