@@ -167,7 +167,7 @@ def test_runs_are_rounded_up_to_whole_rollouts(total, iterations, steps):
 
 @pytest.mark.parametrize("on", [True, False])
 def test_annealing(on, steps, monkeypatch):
-    """Over five iterations: the learning rate and the bonus by fifths, 1 - gamma till halved."""
+    """In five iterations rate and bonus fall by fifths, and 1 - gamma until it is halved."""
     gammas, weights = [], []
     gae, ppo_loss = ppo.gae, ppo.ppo_loss
     monkeypatch.setattr(ppo, "gae", lambda *x: gammas.append(x[4]) or gae(*x))
