@@ -79,7 +79,7 @@ TASKS = {
     "HalfCheetah, 3M": ("HalfCheetah-v5", LONG),
     "Hopper, 3M": ("Hopper-v5", LONG),
     "Walker2d, 3M": ("Walker2d-v5", LONG),
-    "Ant, 3M": ("Ant-v5", f"{LONG} {BEFORE}"),
+    "Ant, 3M": ("Ant-v5", LONG),
     "Humanoid, 3M": ("Humanoid-v5", f"{LONG} {BEFORE}"),
     "Pong, 3M": ("ALE/Pong-v5", LONG),
     "Breakout, 3M": ("ALE/Breakout-v5", LONG),
