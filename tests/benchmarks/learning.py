@@ -312,8 +312,8 @@ def show_row(cells):
 def write_tables(folder):
     """Write table.md: mean, deviation and worst of the seeds, and what others have published."""
     finished = current(folder)
-    names = ["environment", "steps", "seeds", "training return", "worst seed"]
-    names += ["greedy evaluation", "worst seed", "of best.pt", "steps/s", "minutes"]
+    names = ["environment", "steps", "seeds", "training return", "worst"]
+    names += ["greedy evaluation", "worst", "of best.pt", "steps/s", "minutes"]
     text = show_row(names) + "|---" * len(names) + "|\n"
     for task, runs in finished.items():
         values = {}
